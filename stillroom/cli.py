@@ -137,11 +137,8 @@ def run_recipe(name: str, args: list[str]) -> None:
     """`stillroom run NAME …`: the recipe's config fields and RunOptions are its flags."""
     recipe = catalogue.load(name)
     preset = recipe.full() if "--full" in args else recipe.Config()
-    kind: Any = dataclasses.make_dataclass(
-        "Flags",
-        [("options", OmitArgPrefixes[RunOptions]), ("config", OmitArgPrefixes[recipe.Config])],
-        namespace={"__doc__": recipe.__doc__},
-    )
+    fields: list[Any] = [("options", OmitArgPrefixes[RunOptions]), ("config", OmitArgPrefixes.__class_getitem__(recipe.Config))]
+    kind: Any = dataclasses.make_dataclass("Flags", fields, namespace={"__doc__": recipe.__doc__})
     flags = tyro.cli(kind, args=args, default=kind(RunOptions(), preset), prog=f"stillroom run {name}")
     from stillroom.config import check
 
@@ -171,11 +168,9 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
         _delete_run(folder)
     placed = engine.make(options.engine, options.device, options.precision)
     settings: dict[str, Any] = {"engine": placed, "store": Store(options.cache), "accumulate": options.accumulate}
-    settings |= {"save_seconds": options.save_seconds, "progress": not options.quiet}
+    settings |= {"save_seconds": options.save_seconds, "progress": not options.quiet, "tensorboard": options.tensorboard}
     try:
         with Run(folder, options.seed, **settings) as run:
-            if options.tensorboard and not run.rank:
-                run.tensorboard()
             arms = [(method, run)]
             if options.baseline and isinstance(versus, str) and versus != method:
                 arms.append((versus, Run(folder / "baseline", options.seed, **settings)))
@@ -233,7 +228,7 @@ def verify(
 
     if (name is None) == (not all):
         raise UserError("give the name of a recipe, or --all.", code=2)
-    for each in catalogue.cards() if all else [name]:
+    for each in catalogue.cards() if name is None else [name]:
         arms = len(catalogue.load(each).ARMS)
         with tqdm(total=arms * seeds, desc=each, leave=False, disable=None) as bar:
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from stillroom.errors import UserError
+
 
 class Clock:
     """Wall-clock seconds of a run over all the processes that worked on it."""
@@ -24,8 +26,9 @@ class Clock:
 class MetricsLog:
     """Lines `{"loop": …, "step": …, NAME: number, …}`; a resumed loop first forgets the lines of the steps it will run again."""
 
-    def __init__(self, file: Path, writes: bool = True):
+    def __init__(self, file: Path, writes: bool = True, tensorboard: bool = False):
         self.file, self.writes, self.size = file, writes, 0
+        self._events: Any = _events(file.parent) if writes and tensorboard else None
         self.record: dict[str, Any] = {}
         self._lines: list[str] = []
         self._flushed = time.monotonic()
@@ -36,6 +39,8 @@ class MetricsLog:
         self.record.clear()
         if numbers and self.writes:
             self._lines.append(json.dumps({"loop": loop, "step": step, **numbers}) + "\n")
+            for name, value in numbers.items() if self._events else ():
+                self._events.add_scalar(f"{loop}/{name}", value, step)
             if time.monotonic() - self._flushed > 2:
                 self.flush()
 
@@ -54,6 +59,14 @@ class MetricsLog:
         self.size = self.size if size is None else size
         if self.writes and self.file.exists() and self.file.stat().st_size > self.size:
             os.truncate(self.file, self.size)
+
+
+def _events(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package: pip install 'stillroom[tensorboard]'", code=2) from None
+    return SummaryWriter(str(folder))
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ class Run:
     seed: of every random draw. engine: placement and processes (default: `engine.make()`).
     store: results shared by runs. accumulate: chunks that each step's batch is split into.
     save_seconds: time between checkpoints; every loop also saves at its end. plots: draw figures (off in verifications).
+    tensorboard: write event files beside metrics.jsonl.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Run:
         save_seconds: float = 30.0,
         progress: bool = False,
         plots: bool = True,
+        tensorboard: bool = False,
         parent: Run | None = None,
         wait: bool = False,
     ):
@@ -68,7 +70,8 @@ class Run:
         self.path: str = self.folder.name if parent is None else f"{parent.path}/{self.folder.name}"
         self._stream: str = "" if parent is None else f"{parent._stream}/{self.folder.name}"
         self.engine, self.store = engine or engines.make(), store or Store()
-        self.accumulate, self.save_seconds, self.progress, self.plots = accumulate, save_seconds, progress, plots
+        self.accumulate, self.save_seconds, self.progress = accumulate, save_seconds, progress
+        self.plots, self.tensorboard = plots, tensorboard
         self.device, self.rank, self.world = self.engine.device, self.engine.rank, self.engine.world
         self.chunk = 0
         self.rows: list[dict[str, Any]] = []
@@ -76,7 +79,7 @@ class Run:
         self._tracked: dict[str, Any] = {}
         self._loops: set[str] = set()
         self.finite = Finite(self)
-        self._log = MetricsLog(self.folder / "metrics.jsonl", writes=not self.rank)
+        self._log = MetricsLog(self.folder / "metrics.jsonl", writes=not self.rank, tensorboard=tensorboard)
         self._clock: Clock = parent._clock if parent is not None and not wait else Clock()
         self.step, self._log_now = 0, True
         self._lock: Any = None
@@ -91,7 +94,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.parent is None or wait:
-                self._lock = FileLock(self.folder / ".lock")
+                self._lock = self.store.lock(self.folder) if wait else FileLock(self.folder / ".lock")
                 self._lock.acquire(timeout=-1 if wait else 0)
             for leftover in self.folder.glob(".*.tmp"):
                 leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
@@ -120,7 +123,7 @@ class Run:
         serves every run with equal inputs; while another process works on it, this one waits, and takes over if that one dies.
         Use it as `with run.stage(…) as stage:`, whose end lets the others in.
         """
-        settings = {k: getattr(self, k) for k in ("engine", "store", "accumulate", "save_seconds", "progress", "plots")}
+        settings = {k: getattr(self, k) for k in ("engine", "store", "accumulate", "save_seconds", "progress", "plots", "tensorboard")}
         if shared is None:
             return Run(self.folder / name, self.seed, parent=self, **settings)
         placed = (str(self.device.type), self.engine.precision, self.world, self.accumulate)

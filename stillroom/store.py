@@ -41,7 +41,7 @@ def fingerprint(*inputs: Any) -> str:
     return digest.hexdigest()
 
 
-def _pieces(value: Any) -> Iterator[bytes]:
+def _pieces(value: Any) -> Iterator[Any]:
     yield type(value).__qualname__.encode() + b":"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | Path | torch.dtype | torch.Size):
         yield repr(value).encode() + b";"
