@@ -181,3 +181,12 @@ def keep_labels(train: Split, count: int, generator: torch.Generator) -> tuple[S
     others[chosen] = False
     rest = others.nonzero().squeeze(1)
     return train.subset(chosen), train.subset(rest, torch.full_like(rest, -1, device=train.device)) if len(rest) else None
+
+
+def join(first: Split, second: Split) -> Split:
+    """Both splits as one, the rows of the first before those of the second. Lazy ones must come from the same files."""
+    if isinstance(first, MemorySplit) and isinstance(second, MemorySplit):
+        return MemorySplit(torch.cat([first.pixels, second.pixels]), torch.cat([first.labels, second.labels]))
+    if isinstance(first, LazySplit) and isinstance(second, LazySplit) and first.decode == second.decode:
+        return LazySplit(first.decode, torch.cat([first.labels, second.labels]), torch.cat([first.rows, second.rows]), first.device)
+    raise TypeError("only splits in memory, or parts of the same files, can be joined")
