@@ -111,7 +111,7 @@ def main(
 
     images: Split = data.train if not distils or cfg.pool == "labelled" or data.transfer is None else join(data.train, data.transfer)
     answers = run.cached("teacher-logits", logits_of, teacher, images)["logits"] if distils and cfg.augment == "none" else None
-    student, optimizer = run.trainable("student", student or hub.load_classifier(cfg.student, data, fresh=True), cfg.optimizer)
+    student, optimizer = run.trainable("student", student or hub.load_classifier(cfg.student, data=data, fresh=True), cfg.optimizer)
     batches = Batches(images, cfg.batch_size, run.seed)
     for step in run.steps(cfg.steps):
         index, image, label = run.shard(batches(step))
@@ -136,14 +136,14 @@ def main(
 def find_teacher(cfg: Config, run: Run, data: ImageData) -> nn.Module:
     """A pretrained teacher as it is, or a small one trained on the labelled images, once for all runs that want the same."""
     if not cfg.teacher.startswith("small:"):
-        return hub.load_classifier(cfg.teacher, data)
+        return hub.load_classifier(cfg.teacher, data=data)
     inputs = (train_teacher, cfg.teacher, cfg.teacher_steps, cfg.teacher_optimizer, cfg.batch_size, cfg.augment, data)
     with run.stage("teacher", shared=inputs) as stage:
         return train_teacher(stage, cfg, data)
 
 
 def train_teacher(stage: Run, cfg: Config, data: ImageData) -> nn.Module:
-    net, optimizer = stage.trainable("teacher", hub.load_classifier(cfg.teacher, data, fresh=True), cfg.teacher_optimizer)
+    net, optimizer = stage.trainable("teacher", hub.load_classifier(cfg.teacher, data=data, fresh=True), cfg.teacher_optimizer)
     augment, batches = augmenter(cfg.augment, data.size), Batches(data.train, cfg.batch_size, stage.seed)
     for step in stage.steps(cfg.teacher_steps):
         _, image, label = stage.shard(batches(step))
