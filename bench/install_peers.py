@@ -14,9 +14,9 @@ from pathlib import Path
 VENVS = Path(__file__).parent / ".venvs"
 
 PEERS = {
-    "torchdistill": ["torchdistill", "torchvision", "cython"],
-    "modelopt": ["nvidia-modelopt", "ninja", "pulp", "nvidia-ml-py", "omegaconf", "antlr4-python3-runtime==4.9.3"],
-    "kd_lib": ["KD-Lib", "torchvision", "tensorboard"],
+    "torchdistill": ["torchdistill==1.1.5", "torchvision", "cython"],
+    "modelopt": ["nvidia-modelopt==0.47.0", "ninja", "pulp", "nvidia-ml-py", "omegaconf", "antlr4-python3-runtime==4.9.3"],
+    "kd_lib": ["KD-Lib==0.0.32", "torchvision", "tensorboard", "protobuf", "absl-py", "grpcio", "werkzeug", "markdown"],
 }
 
 
@@ -28,7 +28,9 @@ def python_of(peer: str) -> str:
 def install(peer: str) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(VENVS / peer)], check=True)
     python = python_of(peer)
-    site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True)
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
+    )
     (Path(site.stdout.strip()) / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
     subprocess.run([python, "-m", "pip", "install", "--no-deps", *PEERS[peer]], check=True)
 

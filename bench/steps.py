@@ -23,7 +23,7 @@ from stillroom.optim import Optimizer
 from stillroom.run import Run
 from stillroom.store import Store
 
-SIZES = {"about 2 ms": ("mlp-320x320", 64, 1000), "about 20 ms": ("mlp-1024x1024", 128, 300)}
+SIZES = {"about 2 ms": ("mlp-512x512", 64, 1000), "about 20 ms": ("mlp-1408x1408", 128, 200)}
 """Network, batch and steps: an optimizer-heavy small network is the hardest case for a core that works per step."""
 BLOCK = 10
 LR, DECAY = 1e-3, 1e-2
