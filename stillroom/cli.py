@@ -152,7 +152,7 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
     import torch
 
     from stillroom import engine, report
-    from stillroom.run import Interrupted, Run
+    from stillroom.run import Run
     from stillroom.store import Store, fingerprint
 
     torch.set_num_threads(options.threads)
@@ -181,9 +181,8 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
                 page = report.write(folder)
                 report.print_table(report.table(folder))
                 print(f"report: {page}")
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        note = str(stopped) or f"stopped; the last checkpoints are in {folder}"
-        raise UserError(f"{note}.\nGive the same command to continue.") from None
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; the last checkpoints are in {folder}. Give the same command to continue.") from None
 
 
 def _delete_run(folder: Path) -> None:
