@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from stillroom import engine as engines
@@ -296,8 +297,11 @@ class Run:
             state["log_size"] = self._log.flush()
             try:
                 write_atomic(self.folder / f"{name}.pt", lambda file: torch.save(state, file))
-            except OSError as error:
-                raise UserError(f"could not save to {self.folder}: {error.strerror or error}. The previous checkpoint is intact.") from None
+            except (OSError, RuntimeError) as error:
+                cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides why a write failed
+                if not isinstance(cause, OSError):
+                    raise
+                raise UserError(f"could not save to {self.folder}: {cause.strerror}. The previous checkpoint is intact.") from None
         self.engine.barrier()
 
     def _state_of(self, value: Any) -> Any:
@@ -313,8 +317,7 @@ class Run:
         try:
             state = torch.load(file, map_location=self.device, weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            what = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{file} is damaged ({what}). Start again: --overwrite, or another --out.") from None
+            raise UserError(f"{file} is damaged ({type(error).__name__}). Start again: --overwrite, or another --out.") from None
         missing = set(state["roles"]) ^ set(self.roles) | set(state["tracked"]) ^ set(self._tracked)
         if missing:
             raise UserError(f"{file} was saved by another program: {sorted(missing)} do not match. Start again in a new --out folder.")
@@ -388,6 +391,9 @@ class Run:
     def save_student(self, save: Callable[[Path], None]) -> None:
         """`save(folder)` fills student/, which appears at once or not at all (a loader's `save_pretrained`, `hub.save_classifier`, …)."""
         if not self.rank:
-            with replacing(self.folder / "student") as fresh:
-                save(fresh)
+            try:
+                with replacing(self.folder / "student") as fresh:
+                    save(fresh)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"could not save the student to {self.folder}: {error}. Free space, and give the same command.") from None
         self.engine.barrier()
