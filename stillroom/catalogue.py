@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ class Card:
 def _card(name: str, family: str, module: str, file: Path) -> Card:
     head = file.read_text()
     title = head.lstrip().removeprefix('r"""').removeprefix('"""').partition("\n")[0].rstrip('" ')
+    title = re.sub(r" \([^()]*\)\.?$", "", title)  # the list has no room for authors; the card shows them
     return Card(name, family, module, title, "\nBASELINE = True" in head)
 
 
