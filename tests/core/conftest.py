@@ -49,7 +49,8 @@ class Child:
 
     @property
     def out(self) -> str:
-        return (self.folder / "out").read_text()
+        file = self.folder / "out"
+        return file.read_text() if file.exists() else ""
 
 
 def python(*words: str, **variables: str) -> subprocess.CompletedProcess:
