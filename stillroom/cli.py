@@ -271,9 +271,14 @@ def verify(
             title_justify="left",
         )
         for c in entry["claims"]:
-            interval = f"{claims.number(c['difference'])} [{claims.number(c['low'])}, {claims.number(c['high'])}]"
             table.add_row(
-                c["text"], c["metric"], c["arm"], str(c["versus"]), interval.replace("[", "\\["), claims.number(c["margin"]), c["verdict"]
+                c["text"],
+                c["metric"],
+                c["arm"],
+                str(c["versus"]),
+                claims.interval(c).replace("[", "\\["),
+                claims.number(c["margin"]),
+                c["verdict"],
             )
         Console().print(table)
         print(f"written: {file}")
