@@ -69,6 +69,14 @@ def _events(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
+def progress_bar(path: str, loop: str, start: int, total: int) -> Any:
+    """A bar on the terminal, none elsewhere, that starts where a resumed loop does."""
+    from tqdm import tqdm
+
+    label = path.partition("/")[2] or path
+    return tqdm(total=total, initial=start, desc=label if loop == "train" else f"{label}:{loop}", leave=False, disable=None)
+
+
 def read(file: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
     if not file.exists():
