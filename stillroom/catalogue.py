@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ class Card:
 def _card(name: str, family: str, module: str, file: Path) -> Card:
     head = file.read_text()
     title = head.lstrip().removeprefix('r"""').removeprefix('"""').partition("\n")[0].rstrip('" ')
+    title = re.sub(r" \([^()]*\)\.?$", "", title)  # the list has no room for authors; the card shows them
     return Card(name, family, module, title, "\nBASELINE = True" in head)
 
 

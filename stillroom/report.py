@@ -233,7 +233,7 @@ def _page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], r
     keys = list(dict.fromkeys(k for r in results for k in r["config"]))
     return environment.get_template("report.html").render(
         title=title,
-        text=_paragraphs(text),
+        text=paragraphs(text),
         columns=[SHOWN[c][0] if c in SHOWN else c for c in columns],
         rows=[(row["name"], [shown(c, row[c]) if c in row else "" for c in columns]) for row in rows],
         gains=_gains(rows) if len(results) == 1 else [],
@@ -246,7 +246,7 @@ def _page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], r
     )
 
 
-def _paragraphs(text: str) -> list[tuple[str, str]]:
+def paragraphs(text: str) -> list[tuple[str, str]]:
     """A docstring's body as ("p", running text) and ("pre", formulas): a paragraph whose lines are all indented stays as it is."""
     blocks = [block for block in text.strip("\n").split("\n\n") if block.strip()]
     return [("pre", b) if all(x.startswith("  ") for x in b.splitlines()) else ("p", " ".join(b.split())) for b in blocks]
