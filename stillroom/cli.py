@@ -351,7 +351,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"stillroom: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print("stillroom: stopped", file=sys.stderr)
+        print("stillroom: stopped; what was finished is kept, so give the same command to continue.", file=sys.stderr)
         return 1
     except OSError as error:
         if (error.filename is None and error.errno is None) or os.environ.get("STILLROOM_TRACEBACK"):

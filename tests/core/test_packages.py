@@ -75,7 +75,7 @@ def installed(tmp_path: Path, monkeypatch):
 def test_a_package_adds_its_recipe_by_an_entry_point(installed, work: Path, capsys) -> None:
     installed("[stillroom.recipes]\nhello = stillroom_hello.hello\n")
     assert main(["list"]) == 0
-    assert "Hello: greets a [number] (nobody 2026)." in capsys.readouterr().out
+    assert "Hello: greets a [number]" in capsys.readouterr().out
     assert "stillroom_hello" not in sys.modules or "stillroom_hello.hello" not in sys.modules
     assert main(["show", "hello"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
