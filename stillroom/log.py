@@ -70,7 +70,9 @@ def _events(folder: Path) -> Any:
 
 
 def progress_bar(path: str, loop: str, start: int, total: int) -> Any:
-    """A bar on the terminal, none elsewhere, that starts where a resumed loop does."""
+    """A bar for the steps that are left, named by stage and loop; none when nothing is left."""
+    if start >= total:
+        return None
     from tqdm import tqdm
 
     label = path.partition("/")[2] or path

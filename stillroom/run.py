@@ -150,7 +150,8 @@ class Run:
         return net, built
 
     def frozen(self, net: nn.Module) -> nn.Module:
-        """A network that only answers: placed, in eval mode, without gradients, never saved."""
+        """A network that only answers: placed, in eval mode, without gradients, never saved. ValueError if a role trains part of it."""
+        held.refuse_shared(self, net)
         return self.engine.frozen(net)
 
     def ema(self, name: str, net: nn.Module, decay: float) -> Ema:
