@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from stillroom.errors import UserError
 from stillroom.nets.convnet import ConvNet
 from stillroom.nets.mlp import Mlp
+from stillroom.nets.residual_mlp import ResidualMlp
 from stillroom.nets.resnet import PreActResNet18, ResNet
 
-NAMES = ("mlp", "mlp-256x256", "convnet", "convnet-w16", "resnet8", "resnet20", "resnet32", "preact-resnet18")
+NAMES = ("mlp", "mlp-256x256", "convnet", "convnet-w16", "resnet8", "resnet20", "resnet32", "preact-resnet18", "residual-mlp", "residual-mlp-w64-d12")
 """Examples; any widths, and any resnet of 6n+2 layers, can be built."""
 
 
@@ -24,7 +25,7 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
     """A freshly initialised classifier of images (B, channels, size, size) in [0, 1], which it normalises by `mean` and `std`.
 
     `mlp-AxB` has hidden layers of A and B units (`mlp`: 256x256), `convnet-wN` stages of N, 2N and 4N channels (`convnet`: 16), `resnetD`
-    D = 6n+2 layers; `preact-resnet18`. Each has `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like.
+    D = 6n+2 layers; `preact-resnet18`; `residual-mlp-wN-dD` D residual blocks of N units (`residual-mlp`: 16 and 6). Each has `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like.
     UserError for any other name.
     """
     shape: dict[str, Any] = {"classes": classes, "channels": channels, "size": size, "mean": tuple(mean), "std": tuple(std)}
@@ -34,6 +35,8 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
         return Mlp(**shape, widths=[int(width) for width in (match[1] or "256x256").split("x")])
     if match := re.fullmatch(r"convnet(?:-w([1-9]\d*))?", name):
         return ConvNet(**shape, width=int(match[1] or 16))
+    if match := re.fullmatch(r"residual-mlp(?:-w([1-9]\d*)-d([1-9]\d*))?", name):
+        return ResidualMlp(**shape, width=int(match[1] or 16), depth=int(match[2] or 6))
     if (match := re.fullmatch(r"resnet(\d+)", name)) and int(match[1]) >= 8 and int(match[1]) % 6 == 2:
         return ResNet(**shape, depth=int(match[1]))
     near = difflib.get_close_matches(name, NAMES, cutoff=0.5)

@@ -1,0 +1,138 @@
+"""Exits inside a frozen classifier, by module path: features at each exit, and inference that really stops there.
+
+The exits need nothing of the classifier but a stack of blocks through which every image passes alone (residual networks,
+transformers): the batch is cut inside the forward pass, after a block, to the images that go on, and the pass is left when none do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.errors import UserError
+
+
+class _Left(Exception):
+    """No image is left in the batch."""
+
+
+def find_exits(net: nn.Module, paths: Sequence[str] = ()) -> list[str]:
+    """The module paths of a net's exits, in its order of modules.
+
+    A path with `*` (`model.vit.layers.*`) names a stack of blocks: exits follow all of them but the last, after which the net's own head
+    stands. A path without it is an exit itself. Without paths, the longest row of modules of one class (torch's own layers aside) that
+    stand side by side is the stack. UserError for a path that names nothing, and when there is no such row.
+    """
+    names = [name for name, _ in net.named_modules() if name]
+    if not paths:
+        stacks = [_row(path, module) for path, module in net.named_modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+        longest = max(stacks, key=len, default=[])
+        if len(longest) < 2:
+            raise UserError(f"{type(net).__name__} has no row of equal blocks: name its exits with --exits. Its modules: {_some(names)}.")
+        return longest[:-1]
+    found: set[str] = set()
+    for path in paths:
+        matches = [name for name in names if fnmatch.fnmatchcase(name, path) and name.count(".") == path.count(".")]
+        if not matches:
+            raise UserError(f"--exits {path}: {type(net).__name__} has no such module. It has {_some(names)}.")
+        found |= set(matches[:-1] if "*" in path and len(matches) > 1 else matches)
+    return [name for name in names if name in found]
+
+
+def _row(path: str, stack: nn.Module) -> list[str]:
+    """Paths of the children of the stack's commonest class that is not one of torch's layers."""
+    kinds = [type(child) for child in stack.children() if not type(child).__module__.startswith("torch.nn")]
+    kind = max(kinds, key=kinds.count, default=None)
+    return [f"{path}.{name}".lstrip(".") for name, child in stack.named_children() if type(child) is kind]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+
+
+def final_norm(net: nn.Module, last: str) -> str | None:
+    """Path of the layer norm that the net's own head reads through: the last one outside of the blocks; None if there is none."""
+    stack = last.rpartition(".")[0]
+    norms = [name for name, m in net.named_modules() if isinstance(m, nn.LayerNorm) and not (stack and name.startswith(f"{stack}."))]
+    return norms[-1] if norms else None
+
+
+class Exits(nn.Module):
+    """A frozen classifier tapped after the modules at `paths`.
+
+    The feature of an exit is one vector an image: of tokens (B, T, d) the class token where the net has one, else their mean; of maps
+    (B, C, H, W) the mean over positions; it passes the net's own final layer norm where that has its width. The classifier stays in
+    eval mode whatever `train()` says, or its dropout and batch statistics would change what the exits see.
+    """
+
+    def __init__(self, net: nn.Module, paths: Sequence[str]):
+        super().__init__()
+        self.net, self.paths = net.eval().requires_grad_(False), list(paths)
+        norm = final_norm(net, self.paths[-1])
+        self._taps = [net.get_submodule(path) for path in self.paths]
+        self._norm: Any = net.get_submodule(norm) if norm else None
+        self._class_token = any("cls_token" in name for name, _ in net.named_parameters())
+
+    def train(self, mode: bool = True) -> Exits:
+        return super().train(False)
+
+    def feature(self, output: Any) -> Tensor:
+        """(B, d) of what a tapped module returned."""
+        x = output[0] if isinstance(output, tuple) else output
+        if x.ndim == 4:
+            x = x.mean((2, 3))
+        elif x.ndim == 3:
+            x = x[:, 0] if self._class_token else x.mean(1)
+        return self._norm(x) if self._norm is not None and tuple(self._norm.normalized_shape) == x.shape[-1:] else x
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Images (B, C, H, W) to the features of every exit, [(B, d_l)], and the net's own logits (B, classes)."""
+        features: list[Tensor] = []
+        with self._hooked(lambda exit, output: features.append(self.feature(output))):
+            logits = self.net(images)
+        return features, logits
+
+    @torch.no_grad()
+    def lazily(self, images: Tensor, decide: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Logits (B, classes) and the exit (B,) that each image took, without the work behind it; len(paths) is the net's own head.
+
+        decide(exit, features (b, d), rows (b,)) -> logits (b, classes) and which leave, (b,) bool, for the images still under way,
+        whose positions in the batch are `rows`.
+        """
+        rows = torch.arange(len(images), device=images.device)
+        taken = torch.full_like(rows, len(self.paths))
+        parts: list[tuple[Tensor, Tensor]] = []
+
+        def visit(exit: int, output: Any) -> Any:
+            nonlocal rows
+            logits, leaves = decide(exit, self.feature(output), rows)
+            if not leaves.any():
+                return None
+            parts.append((rows[leaves], logits[leaves]))
+            taken[rows[leaves]] = exit
+            rows = rows[~leaves]
+            if not len(rows):
+                raise _Left
+            return (output[0][~leaves], *output[1:]) if isinstance(output, tuple) else output[~leaves]
+
+        with contextlib.suppress(_Left), self._hooked(visit):
+            parts.append((rows, self.net(images)))
+        left, logits = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        return logits[left.argsort()], taken
+
+    @contextlib.contextmanager
+    def _hooked(self, visit: Callable[[int, Any], Any]) -> Iterator[None]:
+        handles = [
+            tap.register_forward_hook(lambda module, args, output, exit=exit: visit(exit, output)) for exit, tap in enumerate(self._taps)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
