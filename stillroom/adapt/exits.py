@@ -55,11 +55,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
 
 
-def final_norm(net: nn.Module, last: str) -> str | None:
-    """Path of the layer norm that the net's own head reads through: the last one outside of the blocks; None if there is none."""
-    stack = last.rpartition(".")[0]
-    norms = [name for name, m in net.named_modules() if isinstance(m, nn.LayerNorm) and not (stack and name.startswith(f"{stack}."))]
-    return norms[-1] if norms else None
+def final_norm(net: nn.Module, block: nn.Module) -> nn.Module | None:
+    """The layer norm that the net's own head reads through: the last one outside of modules of the block's class; None without any."""
+    inside = {part for module in net.modules() if type(module) is type(block) for part in module.modules()}
+    return next((m for m in reversed(list(net.modules())) if isinstance(m, nn.LayerNorm) and m not in inside), None)
 
 
 class Exits(nn.Module):
@@ -73,9 +72,8 @@ class Exits(nn.Module):
     def __init__(self, net: nn.Module, paths: Sequence[str]):
         super().__init__()
         self.net, self.paths = net.eval().requires_grad_(False), list(paths)
-        norm = final_norm(net, self.paths[-1])
         self._taps = [net.get_submodule(path) for path in self.paths]
-        self._norm: Any = net.get_submodule(norm) if norm else None
+        self._norm = [final_norm(net, self._taps[-1])]  # in a list: it is the net's already, not a part of its own
         self._class_token = any("cls_token" in name for name, _ in net.named_parameters())
 
     def train(self, mode: bool = True) -> Exits:
@@ -88,7 +86,8 @@ class Exits(nn.Module):
             x = x.mean((2, 3))
         elif x.ndim == 3:
             x = x[:, 0] if self._class_token else x.mean(1)
-        return self._norm(x) if self._norm is not None and tuple(self._norm.normalized_shape) == x.shape[-1:] else x
+        norm = self._norm[0]
+        return norm(x) if norm is not None and tuple(norm.normalized_shape) == x.shape[-1:] else x
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
