@@ -121,7 +121,8 @@ class Exits(nn.Module):
             return (output[0][~leaves], *output[1:]) if isinstance(output, tuple) else output[~leaves]
 
         with contextlib.suppress(_Left), self._hooked(visit):
-            parts.append((rows, self.net(images)))
+            rest = self.net(images)  # which rebinds `rows`
+            parts.append((rows, rest))
         left, logits = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         return logits[left.argsort()], taken
 
