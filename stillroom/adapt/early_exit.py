@@ -5,6 +5,7 @@ The gates are those of JEI-DNN (Regol et al. 2024, arXiv 2310.09163), or a thres
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -86,6 +87,46 @@ class Threshold:
         return lambda exit, logits, rows: sign * confidence(logits)[..., place] >= self.value
 
 
+class WarmUp:
+    """Where the warm-up of the heads stands: per exit its best validation accuracy and weights, and whether it rests."""
+
+    def __init__(self, heads: Heads):
+        self.heads, self.best = heads, copy.deepcopy(heads)
+        exits, device = len(heads.layers), next(heads.parameters()).device
+        self.accuracy, self.stale = torch.full((exits,), -1.0, device=device), torch.zeros(exits, device=device)
+        self.resting, self.ended = torch.zeros(exits, dtype=torch.bool, device=device), torch.tensor(-1)
+
+    @property
+    def active(self) -> bool:
+        return int(self.ended) < 0
+
+    def end_epoch(self, logits: Tensor, labels: Tensor, step: int, last: bool, patience: int) -> None:
+        """By validation logits (N, G + 1, C): exits that stopped improving get their best weights back and rest; when all do, the end."""
+        accuracy = (logits[:, :-1].argmax(-1) == labels[:, None]).float().mean(0)
+        for exit in range(len(accuracy)):
+            layers = self.heads.layers[exit], self.best.layers[exit]
+            if self.resting[exit]:
+                continue
+            if accuracy[exit] > self.accuracy[exit]:
+                self.accuracy[exit], self.stale[exit] = accuracy[exit], 0
+                layers[1].load_state_dict(layers[0].state_dict())
+                continue
+            self.stale[exit] += 1
+            if self.stale[exit] >= patience:
+                layers[0].load_state_dict(layers[1].state_dict())
+                self.resting[exit] = True
+        if last or self.resting.all():
+            self.ended.fill_(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("accuracy", "stale", "resting", "ended")} | {"best": self.best.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key in ("accuracy", "stale", "resting", "ended"):
+            getattr(self, key).copy_(state[key])
+        self.best.load_state_dict(state["best"])
+
+
 def exit_probabilities(g: Tensor) -> Tensor:
     """Gate outputs in [0, 1] (B, G) to the probability of each exit (B, G + 1), the last being the net's own head.
 
@@ -128,6 +169,10 @@ class EarlyExit(nn.Module):
 
         return self.exits.lazily(images, decide)
 
+    def at(self, exit: int) -> nn.Module:
+        """A module in which every image leaves at this exit, for timing."""
+        return _At(self, exit)
+
     @torch.no_grad()
     def multiply_adds(self, image: Tensor) -> Tensor:
         """(G + 1,) float64: multiplications of matrix products and convolutions for one image (1, C, H, W) that leaves at each exit, heads
@@ -147,11 +192,10 @@ class EarlyExit(nn.Module):
 
     def save(self, folder: Path, **facts: Any) -> None:
         """exits.safetensors and exits.json (exits, gate, and `facts`) beside the net's own files."""
-        learned = isinstance(self.gates, Gates)
         tensors = {f"heads.{k}": v for k, v in self.heads.state_dict().items()}
         tensors |= {f"gates.{k}": v for k, v in self.gates.state_dict().items()} if isinstance(self.gates, Gates) else {}
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "exits.safetensors")
-        gate = "learned" if learned else asdict(self.gates)  # type: ignore[call-overload]
+        gate = "learned" if isinstance(self.gates, Gates) else asdict(self.gates)
         (folder / "exits.json").write_text(json.dumps({"exits": self.exits.paths, "gate": gate, **facts}, indent=2) + "\n")
 
     @classmethod
@@ -169,3 +213,12 @@ class EarlyExit(nn.Module):
             return cls(Exits(net, facts["exits"]), heads, gates).eval()
         except (OSError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise UserError(f"{folder} holds no early-exit student of this net ({error}).") from error
+
+
+class _At(nn.Module):
+    def __init__(self, student: EarlyExit, exit: int):
+        super().__init__()
+        self.student, self.exit = student, exit
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.student(images, self.exit)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stillroom.data.images import Split
 from stillroom.errors import UserError
+from stillroom.run import Run
 
 
 class _Left(Exception):
@@ -73,7 +76,7 @@ class Exits(nn.Module):
         super().__init__()
         self.net, self.paths = net.eval().requires_grad_(False), list(paths)
         self._taps = [net.get_submodule(path) for path in self.paths]
-        self._norm = [final_norm(net, self._taps[-1])]  # in a list: it is the net's already, not a part of its own
+        self._norm: list[Any] = [final_norm(net, self._taps[-1])]  # in a list: it is the net's already, not a part of its own
         self._class_token = any("cls_token" in name for name, _ in net.named_parameters())
 
     def train(self, mode: bool = True) -> Exits:
@@ -136,3 +139,32 @@ class Exits(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a frozen net says of a split: features of every exit [(N, d_l)], its own logits (N, C), labels (N,)."""
+
+    features: list[Tensor]
+    final: Tensor
+    labels: Tensor
+
+    @torch.no_grad()
+    def logits(self, heads: nn.Module) -> Tensor:
+        """(N, G + 1, C): of every exit, by heads from features [(N, d_l)] to logits [(N, C)], and of the net's own head."""
+        return torch.stack([*heads(self.features), self.final], 1)
+
+
+def table(run: Run, exits: Exits, split: Split) -> Table:
+    """The split's table, computed once and kept in the store."""
+    tensors = run.cached("exit-features", features_of, exits.net, tuple(exits.paths), split)
+    return Table([tensors[str(exit)] for exit in range(len(exits.paths))], tensors["final"], split.labels)
+
+
+def features_of(net: nn.Module, paths: tuple[str, ...], split: Split) -> dict[str, Tensor]:
+    exits, parts = Exits(net, paths), []
+    for rows in torch.arange(len(split)).split(512):
+        features, final = exits(split.take(rows).images)
+        parts.append([*features, final])
+    joined = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return {str(exit): feature for exit, feature in enumerate(joined[:-1])} | {"final": joined[-1]}

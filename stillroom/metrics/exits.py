@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -36,3 +39,29 @@ def measured(logits: Tensor, labels: Tensor, taken: Tensor, quantiles: list[floa
 
 def accuracy_of(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(-1) == labels).float().mean())
+
+
+def draw_shares(axes: Any, names: Sequence[str], shares: Sequence[float]) -> None:
+    axes.bar(names, shares)
+    axes.set_ylabel("share of the images")
+
+
+def draw_times(axes: Any, names: Sequence[str], series: Mapping[str, tuple[Sequence[float], float]]) -> None:
+    """Milliseconds until each exit, and dashed those of the net without exits: label -> (per exit, without exits)."""
+    for place, (label, (until, without)) in enumerate(series.items()):
+        axes.plot(names, until, marker="o", color=f"C{place}", label=label)
+        axes.axhline(without, color=f"C{place}", linestyle="--", linewidth=1)
+    axes.set(ylabel="milliseconds (dashed: without exits)", yscale="log")
+    axes.legend(fontsize=8)
+
+
+def draw_calibration(axes: Any, names: Sequence[str], logits: Tensor, labels: Tensor, taken: Tensor) -> None:
+    """Calibration error of each exit over all images and over those that leave there; logits (N, exits, C), taken (N,)."""
+    for exit in range(len(names)):
+        rows = taken == exit
+        axes.bar(exit - 0.2, equal_mass_ece(logits[:, exit], labels), 0.4, color="C0", label="all images" if not exit else None)
+        left = equal_mass_ece(logits[rows, exit], labels[rows]) if rows.any() else 0.0
+        axes.bar(exit + 0.2, left, 0.4, color="C1", label="images that leave here" if not exit else None)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("calibration error")
+    axes.legend(fontsize=8)

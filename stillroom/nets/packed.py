@@ -2,8 +2,8 @@
 
 Tensors: `codes`, all parameters' codes one after the other at their number of bits, lowest bit first; `scales` (2, buckets), the factor
 and offset of every bucket; `levels`, the values in [0, 1] (or about) that the codes stand for; `rest`, everything that is not coded
-(buffers, parameters left out) as it is. Metadata holds the layout per parameter: [bits, bucket size, levels] by position in
-`named_parameters()`, null for those left out. Names and shapes are the network's own: it must be built first.
+(buffers, parameters left out) as it is. Metadata holds the layout: [bits, bucket size, levels] per parameter, in order, null for what
+is not coded. Names and shapes are the network's own: it must be built first.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def save_packed(net: nn.Module, coded: Mapping[str, Coded], file: Path) -> None:
     """Write the net, those of its parameters that `coded` names as codes, the others and all buffers as they are."""
-    layout = []
+    layout: list[list[int] | None] = []
     codes, scales, levels, rest = [], [], [], []
     for name, tensor in _tensors(net):
         if (item := coded.get(name)) is None:

@@ -130,8 +130,6 @@ def reference_walk(g: list[float]) -> tuple[list[float], int]:
     return [*p, 1 - sum(p)], len(g) if exit is None else exit
 
 
-
-
 def test_exit_probabilities_and_rule_follow_the_definitions():
     generator = torch.Generator().manual_seed(3)
     g = torch.rand(200, 5, generator=generator, dtype=torch.float64) * 0.6

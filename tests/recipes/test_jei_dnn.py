@@ -16,7 +16,8 @@ from stillroom.run import Run
 from stillroom.store import Store
 from stillroom.testing import assert_grads
 
-SMALL = dict(epochs=3, warmup_epochs=1, backbone_epochs=1, validation=200, phase=4, tradeoffs=(0.1, 1.0), backbone="small:residual-mlp-w8-d3")
+SMALL = {"epochs": 3, "warmup_epochs": 1, "backbone_epochs": 1, "backbone": "small:residual-mlp-w8-d3"}
+SMALL |= {"validation": 200, "phase": 4, "tradeoffs": (0.1, 1.0)}
 
 
 def test_the_gates_learn_to_leave_at_the_best_exit_and_at_all_later_ones():
@@ -132,8 +133,8 @@ def test_augmented_training_reads_features_online(tmp_path):
     from stillroom.data.load import load_images
 
     data = load_images("digits", seed=0, limit=200)
-    config = catalogue.configs.override(jei_dnn.Config(), SMALL | {"augment": "shift", "validation": 50, "backbone": "small:resnet8", "epochs": 2})
-    config = catalogue.configs.override(config, {"tradeoffs": (0.3,)})
+    changes = {"augment": "shift", "validation": 50, "backbone": "small:resnet8", "epochs": 2, "tradeoffs": (0.3,)}
+    config = catalogue.configs.override(jei_dnn.Config(), SMALL | changes)
     with Run(tmp_path / "run", store=Store(tmp_path / "cache"), plots=False) as run:
         assert 0 < catalogue.execute("jei-dnn", config, run, data=data)["metrics"]["cost"] <= 1
 
@@ -146,5 +147,7 @@ def test_mistakes_are_named(tmp_path):
         jei_dnn.main(jei_dnn.Config(tradeoffs=()), run, data=spiral(0, count=100))
     with pytest.raises(UserError, match="--exits"):
         jei_dnn.main(
-            jei_dnn.Config(**SMALL | {"exits": ("nowhere",)}), run, data=spiral(0, count=400)  # fmt: skip
+            jei_dnn.Config(**SMALL | {"exits": ("nowhere",)}),
+            run,
+            data=spiral(0, count=400),
         )
