@@ -7,11 +7,11 @@ from torch.nn.functional import gelu
 
 
 class MlpBlock(nn.Module):
-    """x + linear(gelu(linear(layer norm(x)))), all of width `width`."""
+    """x + linear(gelu(linear(layer norm(x)))), four times as wide inside as transformers are."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+        self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.outer(gelu(self.inner(self.norm(x))))

@@ -74,7 +74,7 @@ def test_the_work_behind_an_exit_is_not_done(kind):
 def test_multiply_adds_are_those_of_matrix_products():
     model = student(small("residual-mlp-w16-d5"))
     counts = model.multiply_adds(torch.rand(1, 3, 8, 8))
-    stem, block, head = 192 * 16, 2 * 16 * 16, 16 * 4
+    stem, block, head = 192 * 16, 2 * 16 * 64, 16 * 4
     assert counts.tolist() == [*(stem + (exit + 1) * (block + head) for exit in range(4)), stem + 5 * (block + head)]
 
 

@@ -79,7 +79,7 @@ class Config:
     """Augmentation of training images; without it, the features of every exit are computed once."""
     backbone: str = "small:residual-mlp-w128-d6"
     """small:NAME is trained first; hf:ID-or-folder, timm:NAME or run:FOLDER is taken as it is."""
-    backbone_epochs: Count = 24
+    backbone_epochs: Count = 14
     backbone_optimizer: Optimizer = Optimizer("adamw", 2e-3, schedule="cosine")
     exits: tuple[str, ...] = ()
     """Module paths to leave after; one with * (model.vit.layers.*) is a stack of blocks. Default: all blocks but the last."""
