@@ -174,11 +174,11 @@ def main(
     size = (run.folder / "student" / packed.FILE).stat().st_size
     run.rows[-1]["bytes"] = size
     items = list(coded.values())
-    counts = sum(torch.bincount(item.codes.cpu(), minlength=max(len(i.levels) for i in items)) for item in items)
+    together = torch.cat([item.codes.cpu() for item in items])
     if run.plots:
         largest = max(coded, key=lambda name: len(coded[name].codes))
         run.figure("weights before and after", lambda axes: draw_weights(axes, largest, before.get_parameter(largest), coded[largest]))
-    extra |= {"file_bytes": size, "entropy_coded_bits": quantizers.entropy_coded_bits(counts.tolist())}
+    extra |= {"file_bytes": size, "entropy_coded_bits": quantizers.entropy_coded_bits(torch.bincount(together).tolist())}
     extra["bits_per_weight"] = sum(len(i.codes) * i.bits + 64 * len(i.alpha) for i in items) / sum(len(i.codes) for i in items)
     return metrics | extra
 
