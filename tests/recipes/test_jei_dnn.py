@@ -151,3 +151,22 @@ def test_mistakes_are_named(tmp_path):
             run,
             data=spiral(0, count=400),
         )
+
+
+def test_a_transformers_model_from_a_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from stillroom.data.embedded import shapes
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
+    transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=6)).save_pretrained(tmp_path / "vit")
+    data = shapes(0, count=90, size=8)
+    changes = {"backbone": f"hf:{tmp_path}/vit", "exits": ("model.vit.layers.*",), "validation": 30, "epochs": 2, "tradeoffs": (0.5,)}
+    config = catalogue.configs.override(jei_dnn.Config(), SMALL | changes)
+    with pytest.warns(UserWarning, match="preprocessor_config"), Run(tmp_path / "run", store=Store(tmp_path / "cache"), plots=False) as run:
+        metrics = catalogue.execute("jei-dnn", config, run, data=data)["metrics"]
+    student = EarlyExit.load(tmp_path / "run" / "student", load_classifier(f"run:{tmp_path}/run", data=data))
+    logits, taken = student.infer(data.test.images())
+    assert float((logits.argmax(1) == data.test.labels).float().mean()) == pytest.approx(metrics["accuracy"], abs=1e-6)
+    assert student.exits.paths == ["model.vit.layers.0", "model.vit.layers.1"]
+    plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "student")
+    assert plain.config.num_hidden_layers == 3

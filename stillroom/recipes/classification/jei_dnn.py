@@ -25,6 +25,7 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -141,6 +142,7 @@ CLAIMS = [
         "exits trained for the images that leave there do better than exits that ignore the gates",
         metric="accuracy_gain", arm="jei-dnn", versus="ratio as released",
     ),
+    Claim("they are better calibrated than those", "ece_gain", "jei-dnn", "ratio as released", better="lower"),
 ]  # fmt: skip
 
 
@@ -168,11 +170,11 @@ def main(cfg: Config, run: Run, *, data: ImageData | None = None, backbone: nn.M
     if run.plots and not run.rank:
         show(run, task, {"threshold on p_max": rival, cfg.gate: options}, chosen)
 
-    def save(folder: Any) -> None:
+    def save(student: EarlyExit, folder: Path) -> None:
         hub.save_classifier(backbone, folder)
-        chosen.student.save(folder, conformal_alpha=cfg.conformal_alpha, conformal_thresholds=chosen.quantiles)
+        student.save(folder, conformal_alpha=cfg.conformal_alpha, conformal_thresholds=chosen.quantiles)
 
-    run.save_student(save)
+    run.save_student(chosen.student, save)
     return metrics
 
 

@@ -18,6 +18,7 @@ the student has had its steps, so that "points" takes cfg.point_steps more than 
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -94,7 +95,7 @@ class Config:
     """lambda_T, weight of the distillation term; cross-entropy has the rest."""
     kl_reduction: Literal["batchmean", "mean"] = "batchmean"
     """Mean over samples, or over samples and classes as in the reference."""
-    point_steps: Count = 300
+    point_steps: Count = 1000
     """Training steps of the points (DQ)."""
     point_optimizer: Optimizer = Optimizer("sgd", 1e-3, nesterov=True)
     point_init: Literal["quantiles", "uniform"] = "quantiles"
@@ -169,7 +170,7 @@ def main(
         coded, extra = learn_points(run, cfg, data, teacher, net)
     deliver(net, coded)
     extra["shadow_accuracy"] = accuracy(before, data)
-    run.save_student(lambda folder: hub.save_classifier(net, folder, coded=coded))
+    run.save_student(net, functools.partial(hub.save_classifier, coded=coded))
     metrics = present.classifier(run, "student", net, data.test)
     size = (run.folder / "student" / packed.FILE).stat().st_size
     run.rows[-1]["bytes"] = size
