@@ -16,7 +16,7 @@ from stillroom.run import Run
 from stillroom.store import Store
 from stillroom.testing import assert_grads
 
-SMALL = {"epochs": 3, "warmup_epochs": 1, "backbone_epochs": 1, "backbone": "small:residual-mlp-w8-d3"}
+SMALL = {"epochs": 3, "warmup_epochs": 1, "backbone_steps": 15, "backbone": "small:residual-mlp-w8-d3"}
 SMALL |= {"validation": 200, "phase": 4, "tradeoffs": (0.1, 1.0)}
 
 
@@ -165,7 +165,7 @@ def test_a_transformers_model_from_a_folder(tmp_path):
     with pytest.warns(UserWarning, match="preprocessor_config"), Run(tmp_path / "run", store=Store(tmp_path / "cache"), plots=False) as run:
         metrics = catalogue.execute("jei-dnn", config, run, data=data)["metrics"]
     student = EarlyExit.load(tmp_path / "run" / "student", load_classifier(f"run:{tmp_path}/run", data=data))
-    logits, taken = student.infer(data.test.images())
+    logits, _ = student.infer(data.test.images())
     assert float((logits.argmax(1) == data.test.labels).float().mean()) == pytest.approx(metrics["accuracy"], abs=1e-6)
     assert student.exits.paths == ["model.vit.layers.0", "model.vit.layers.1"]
     plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "student")

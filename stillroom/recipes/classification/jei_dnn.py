@@ -60,6 +60,7 @@ from stillroom.metrics.cost import cost
 from stillroom.metrics.exits import accuracy_of, draw_calibration, draw_shares, draw_times, exit_quantiles, measured
 from stillroom.optim import Optimizer
 from stillroom.run import Run
+from stillroom.teachers import trained
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Config:
     """Augmentation of training images; without it, the features of every exit are computed once."""
     backbone: str = "small:residual-mlp-w128-d6"
     """small:NAME is trained first; hf:ID-or-folder, timm:NAME or run:FOLDER is taken as it is."""
-    backbone_epochs: Count = 14
+    backbone_steps: Count = 1300
     backbone_optimizer: Optimizer = Optimizer("adamw", 2e-3, schedule="cosine")
     exits: tuple[str, ...] = ()
     """Module paths to leave after; one with * (model.vit.layers.*) is a stack of blocks. Default: all blocks but the last."""
@@ -154,7 +155,10 @@ def main(cfg: Config, run: Run, *, data: ImageData | None = None, backbone: nn.M
         cfg.data, seed=run.seed, limit=cfg.limit or None, image_size=cfg.image_size or None, skip_bad=cfg.skip_bad, cache=run.cached
     )
     data, validation = hold_out(data.to(run.device), cfg.validation, run.seed)
-    backbone = run.frozen(backbone if backbone is not None else find_backbone(cfg, run, data))
+    backbone = run.frozen(backbone if backbone is not None else trained.classifier(
+        run, "backbone", cfg.backbone, data, steps=cfg.backbone_steps, optimizer=cfg.backbone_optimizer, batch_size=cfg.batch_size,
+        augment=cfg.augment,
+    ))  # fmt: skip
     exits = Exits(backbone, find_exits(backbone, cfg.exits))
     tables = {name: table(run, exits, split) for name, split in (("validation", validation), ("test", data.test))}
     task = Task(exits, data, tables["validation"], tables["test"])
@@ -178,7 +182,7 @@ def main(cfg: Config, run: Run, *, data: ImageData | None = None, backbone: nn.M
     return metrics
 
 
-# -- data and backbone -------------------------------------------------------------------------------------------------------------
+# -- data --------------------------------------------------------------------------------------------------------------------------
 def hold_out(data: ImageData, count: int, seed: int) -> tuple[ImageData, Split]:
     """The task with `count` class-balanced training images fewer, and those images."""
     if count >= len(data.train):
@@ -187,24 +191,6 @@ def hold_out(data: ImageData, count: int, seed: int) -> tuple[ImageData, Split]:
     rest = torch.ones(len(data.train), dtype=torch.bool)
     rest[rows] = False
     return replace(data, train=data.train.subset(rest.nonzero().squeeze(1))), data.train.subset(rows)
-
-
-def find_backbone(cfg: Config, run: Run, data: ImageData) -> nn.Module:
-    """A pretrained net as it is, or a small one trained first, once for all runs that want the same."""
-    if not cfg.backbone.startswith("small:"):
-        return hub.load_classifier(cfg.backbone, data=data)
-    inputs = (train_backbone, cfg.backbone, cfg.backbone_epochs, cfg.backbone_optimizer, cfg.batch_size, cfg.augment, data)
-    with run.stage("backbone", shared=inputs) as stage:
-        return train_backbone(stage, cfg, data)
-
-
-def train_backbone(stage: Run, cfg: Config, data: ImageData) -> nn.Module:
-    net, optimizer = stage.trainable("backbone", hub.load_classifier(cfg.backbone, data=data, fresh=True), cfg.backbone_optimizer)
-    augment, batches = augmenter(cfg.augment, data.size), Batches(data.train, cfg.batch_size, stage.seed)
-    for step in stage.steps(cfg.backbone_epochs * batches.steps_per_epoch):
-        _, image, label = stage.shard(batches(step))
-        stage.update(optimizer, ce=cross_entropy(net(augment(image)), label))
-    return stage.unwrap(net)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from stillroom.nets import packed
 from stillroom.nets.packed import Coded
 from stillroom.optim import Optimizer
 from stillroom.run import Run
-from stillroom.teachers import signals
+from stillroom.teachers import signals, trained
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Config:
     """lambda_T, weight of the distillation term; cross-entropy has the rest."""
     kl_reduction: Literal["batchmean", "mean"] = "batchmean"
     """Mean over samples, or over samples and classes as in the reference."""
-    point_steps: Count = 1000
+    point_steps: Count = 600
     """Training steps of the points (DQ)."""
-    point_optimizer: Optimizer = Optimizer("sgd", 1e-3, nesterov=True)
+    point_optimizer: Optimizer = Optimizer("sgd", 1e-3, nesterov=True, schedule="cosine")
     point_init: Literal["quantiles", "uniform"] = "quantiles"
     """Where the points start."""
     point_teacher: Literal["itself", "teacher"] = "itself"
@@ -151,7 +151,10 @@ def main(
     )  # fmt: skip
     data = data.to(run.device)
     if cfg.kd_weight:
-        teacher = run.frozen(find_teacher(cfg, run, data) if teacher is None else teacher)
+        teacher = run.frozen(teacher if teacher is not None else trained.classifier(
+            run, "teacher", cfg.teacher, data, steps=cfg.teacher_steps, optimizer=cfg.teacher_optimizer, batch_size=cfg.batch_size,
+            augment=cfg.augment,
+        ))  # fmt: skip
         present.classifier(run, "teacher", teacher, data.test)
     net = hub.load_classifier(cfg.student, data=data, fresh=True) if student is None else student
     extra: dict[str, float] = {}
@@ -185,24 +188,6 @@ def main(
 
 
 # -- training ----------------------------------------------------------------------------------------------------------------------
-def find_teacher(cfg: Config, run: Run, data: ImageData) -> nn.Module:
-    """A pretrained teacher as it is, or a small one trained on the labelled images, once for all runs that want the same."""
-    if not cfg.teacher.startswith("small:"):
-        return hub.load_classifier(cfg.teacher, data=data)
-    inputs = (train_teacher, cfg.teacher, cfg.teacher_steps, cfg.teacher_optimizer, cfg.batch_size, cfg.augment, data)
-    with run.stage("teacher", shared=inputs) as stage:
-        return train_teacher(stage, cfg, data)
-
-
-def train_teacher(stage: Run, cfg: Config, data: ImageData) -> nn.Module:
-    net, optimizer = stage.trainable("teacher", hub.load_classifier(cfg.teacher, data=data, fresh=True), cfg.teacher_optimizer)
-    augment, batches = augmenter(cfg.augment, data.size), Batches(data.train, cfg.batch_size, stage.seed)
-    for step in stage.steps(cfg.teacher_steps):
-        _, image, label = stage.shard(batches(step))
-        stage.update(optimizer, ce=cross_entropy(net(augment(image)), label))
-    return stage.unwrap(net)
-
-
 def full_precision(cfg: Config, run: Run, data: ImageData, teacher: nn.Module | None, net: nn.Module) -> nn.Module:
     """The student that learns as the quantized one does, on its full-precision weights."""
     inputs = (train, cfg.steps, cfg.batch_size, cfg.optimizer, cfg.temperature, cfg.kd_weight, cfg.kl_reduction, cfg.augment)
