@@ -170,3 +170,27 @@ def test_a_transformers_model_from_a_folder(tmp_path):
     assert student.exits.paths == ["model.vit.layers.0", "model.vit.layers.1"]
     plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "student")
     assert plain.config.num_hidden_layers == 3
+
+
+def test_a_stopped_run_ends_where_an_uninterrupted_one_ends(tmp_path, monkeypatch):
+    """Stopped in the warm-up, in a gate phase and in an exit phase, with the state of each."""
+    data = spiral(0, count=600)
+    config = catalogue.configs.override(jei_dnn.Config(), SMALL | {"tradeoffs": (0.1,)})
+
+    def outcome(folder: str) -> dict[str, float]:
+        with Run(tmp_path / folder, store=Store(tmp_path / f"cache-{folder}"), plots=False, save_seconds=0) as run:
+            return jei_dnn.main(config, run, data=data)
+
+    expected, update, left = outcome("straight"), Run.update, [0]
+
+    def stopping(self, *args, **parts):
+        left[0] -= 1
+        if left[0] == 0:
+            raise InterruptedError
+        return update(self, *args, **parts)
+
+    monkeypatch.setattr(Run, "update", stopping)
+    for left[0] in (34, 5, 4):
+        with pytest.raises(InterruptedError):
+            outcome("stopped")
+    assert outcome("stopped") == expected

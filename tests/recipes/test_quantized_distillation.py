@@ -116,3 +116,26 @@ def test_functional_call_updates_batch_norm_in_place():
     before = copy.deepcopy(dict(net.named_buffers()))
     functional_call(net, {name: p * 1 for name, p in net.named_parameters()}, (torch.rand(8, 1, 8, 8),))
     assert any(not torch.equal(b, before[name]) for name, b in net.named_buffers())
+
+
+@pytest.mark.parametrize("arm", ["quantized distillation, 2 bits", "points, 2 bits"])
+def test_a_stopped_run_ends_where_an_uninterrupted_one_ends(arm, tmp_path, monkeypatch):
+    config = catalogue.configs.override(catalogue.config_of(qd, arm), SMALL | {"stochastic": True})
+
+    def outcome(folder: str) -> dict[str, float]:
+        with Run(tmp_path / folder, store=Store(tmp_path / f"cache-{folder}"), plots=False, save_seconds=0) as run:
+            return qd.main(config, run, data=digits(0, labelled=128, transfer=0))
+
+    expected, update, left = outcome("straight"), Run.update, [0]
+
+    def stopping(self, *args, **parts):
+        left[0] -= 1
+        if left[0] == 0:
+            raise InterruptedError
+        return update(self, *args, **parts)
+
+    monkeypatch.setattr(Run, "update", stopping)
+    for left[0] in (25, 15, 5):
+        with pytest.raises(InterruptedError):
+            outcome("stopped")
+    assert outcome("stopped") == expected
