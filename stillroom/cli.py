@@ -312,6 +312,23 @@ def compare(runs: Positional[tuple[Path, ...]], out: Path = Path("compare.html")
 
 
 @app.command
+def export(run: Positional[Path], to: Literal["safetensors", "onnx", "torch-export"], out: Path | None = None) -> None:
+    """Write a run's student in a format for deployment, check it against PyTorch and time it; the report then shows both.
+
+    Args:
+        run: folder of a run, or of a saved student.
+        to: safetensors and config in the student's own library, ONNX, or torch.export.
+        out: the folder to write; default: RUN/exported/FORMAT.
+    """
+    from stillroom import report
+    from stillroom.export import export as write
+
+    folder, rows = write(run, to, out)
+    report.print_table([{"name": name, **row} for name, row in rows.items()])
+    print(f"written and checked: {folder}")
+
+
+@app.command
 def cache(clear: bool = False, name: str | None = None, folder: Path | None = None) -> None:
     """List what runs share (trained teachers, teacher signals), with sizes; or clear it.
 

@@ -15,9 +15,10 @@ from stillroom.errors import UserError
 from stillroom.nets.convnet import convnet
 from stillroom.nets.mlp import mlp
 from stillroom.nets.parts import Classifier
+from stillroom.nets.residual_mlp import residual_mlp
 from stillroom.nets.resnet import preact_resnet18, resnet
 
-NAMES = ("mlp", "mlp-256x256", "convnet", "convnet-w16", "resnet8", "resnet20", "resnet32", "preact-resnet18")
+NAMES = ("mlp", "mlp-256x256", "convnet", "convnet-w16", "resnet8", "resnet20", "resnet32", "preact-resnet18", "residual-mlp-w128-d6")
 """Examples; any widths, and any resnet of 6n+2 layers, can be built."""
 
 
@@ -25,8 +26,8 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
     """A freshly initialised classifier of images (B, channels, size, size) in [0, 1], which it normalises by `mean` and `std`.
 
     `mlp-AxB` has hidden layers of A and B units (`mlp`: 256x256), `convnet-wN` stages of N, 2N and 4N channels (`convnet`: 16), `resnetD`
-    D = 6n+2 layers; `preact-resnet18`. Each has `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like.
-    UserError for any other name.
+    D = 6n+2 layers; `preact-resnet18`; `residual-mlp-wN-dD` D residual blocks of N units. Each has `features(images)`, `head` (nn.Linear)
+    and `spec`: `build(**net.spec)` builds its like. UserError for any other name.
     """
     if name == "preact-resnet18":
         body, width = preact_resnet18(channels)
@@ -34,6 +35,8 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
         body, width = mlp(channels * size * size, [int(units) for units in (match[1] or "256x256").split("x")])
     elif match := re.fullmatch(r"convnet(?:-w([1-9]\d*))?", name):
         body, width = convnet(channels, int(match[1] or 16))
+    elif match := re.fullmatch(r"residual-mlp-w([1-9]\d*)-d([1-9]\d*)", name):
+        body, width = residual_mlp(channels * size * size, int(match[1]), int(match[2]))
     elif (match := re.fullmatch(r"resnet(\d+)", name)) and int(match[1]) >= 8 and int(match[1]) % 6 == 2:
         body, width = resnet(channels, int(match[1]))
     else:

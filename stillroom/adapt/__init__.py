@@ -1,0 +1,1 @@
+"""Pieces that change a network or what surrounds it: exits, quantizers."""
