@@ -65,6 +65,17 @@ def load_classifier(spec: str, *, data: ImageData, fresh: bool = False) -> nn.Mo
     raise UserError(f"{spec!r} names no classifier: write {KINDS}.")
 
 
+class Encoder(nn.Module):
+    """The features of a classifier that has `features(images)`, as a network of their own: images (B, C, H, W) in [0, 1] to (B, d)."""
+
+    def __init__(self, net: Any):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net.features(images)
+
+
 def save_classifier(net: nn.Module, folder: str | Path) -> None:
     """Save so that the library that the net came from loads it; the folder appears whole or not at all.
 

@@ -12,19 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.errors import UserError
+from stillroom.nets.avgconvnet import AvgConvNet
 from stillroom.nets.convnet import ConvNet
 from stillroom.nets.mlp import Mlp
 from stillroom.nets.resnet import PreActResNet18, ResNet
 
-NAMES = ("mlp", "mlp-256x256", "convnet", "convnet-w16", "resnet8", "resnet20", "resnet32", "preact-resnet18")
+NAMES = ("mlp", "mlp-256x256", "convnet", "convnet-w16", "convnet-avg-16x32x64", "resnet8", "resnet20", "resnet32", "preact-resnet18")
 """Examples; any widths, and any resnet of 6n+2 layers, can be built."""
 
 
 def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
     """A freshly initialised classifier of images (B, channels, size, size) in [0, 1], which it normalises by `mean` and `std`.
 
-    `mlp-AxB` has hidden layers of A and B units (`mlp`: 256x256), `convnet-wN` stages of N, 2N and 4N channels (`convnet`: 16), `resnetD`
-    D = 6n+2 layers; `preact-resnet18`. Each has `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like.
+    `mlp-AxB` has hidden layers of A and B units (`mlp`: 256x256), `convnet-wN` stages of N, 2N and 4N channels (`convnet`: 16),
+    `convnet-avg-AxBxC` stages of A, B and C channels with average-pooling, `resnetD` D = 6n+2 layers; `preact-resnet18`. Each has
+    `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like.
     UserError for any other name.
     """
     shape: dict[str, Any] = {"classes": classes, "channels": channels, "size": size, "mean": tuple(mean), "std": tuple(std)}
@@ -34,6 +36,13 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
         return Mlp(**shape, widths=[int(width) for width in (match[1] or "256x256").split("x")])
     if match := re.fullmatch(r"convnet(?:-w([1-9]\d*))?", name):
         return ConvNet(**shape, width=int(match[1] or 16))
+    if match := re.fullmatch(r"convnet-avg-([1-9]\d*(?:x[1-9]\d*)*)", name):
+        widths = [int(width) for width in match[1].split("x")]
+        if size % 2 ** len(widths):
+            raise UserError(
+                f"{name} halves its image {len(widths)} times, so the size must be divisible by {2 ** len(widths)}, not {size}."
+            )
+        return AvgConvNet(**shape, widths=widths)
     if (match := re.fullmatch(r"resnet(\d+)", name)) and int(match[1]) >= 8 and int(match[1]) % 6 == 2:
         return ResNet(**shape, depth=int(match[1]))
     near = difflib.get_close_matches(name, NAMES, cutoff=0.5)
