@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-from torch import Tensor, nn
-
-from stillroom.data.images import Split
-from stillroom.nets.modes import eval_mode
-
-
-def features_of(net: nn.Module, split: Split, call: Callable[[Tensor], Tensor] | None = None, batch: int = 512) -> Tensor:
-    """(N, d) of the whole split in its order, by `call` (default: `net.features`). The net is in eval mode meanwhile."""
-    call = call or net.features
-    with eval_mode(net), torch.no_grad():
-        return torch.cat([call(split.take(index).images) for index in torch.arange(len(split)).split(batch)])
+from torch import Tensor
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, strength: float = 1.0) -> float:
