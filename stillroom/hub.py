@@ -101,12 +101,18 @@ def load_encoder(spec: str, *, data: ImageData) -> nn.Module:
     if kind != "hf" or not name:
         raise UserError(f"{spec!r} names no trained encoder: write hf:ID-or-folder or run:FOLDER.")
     transformers = needs("transformers", "hf")
-    processor = _read_processor(transformers, name)
     try:
         model = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"hf:{name} could not be loaded: {error}") from error
-    return Backbone(model, _expected_size(model.config, processor), *_normalisation(name, model.config, processor, data))
+    return wrap(model, name, data=data, kind=Backbone)
+
+
+def wrap(model: nn.Module, name: str, *, data: ImageData, kind: type[Wrapped] = Wrapped) -> Wrapped:
+    """A transformers image model, loaded from `name`, with the size and normalisation that its processor file declares."""
+    config: Any = model.config
+    processor = _read_processor(needs("transformers", "hf"), name)
+    return kind(model, _expected_size(config, processor), *_normalisation(name, config, processor, data))
 
 
 def save_classifier(net: nn.Module, folder: str | Path) -> None:
@@ -200,7 +206,7 @@ def _transformers(name: str, data: ImageData, fresh: bool) -> nn.Module:
         raise UserError(f"hf:{name} could not be loaded: {error}") from error
     if report["missing_keys"]:
         raise UserError(f"hf:{name} is not a trained classifier: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
-    return Wrapped(model, _expected_size(config, processor), *_normalisation(name, config, processor, data))
+    return wrap(model, name, data=data)
 
 
 def _normalisation(

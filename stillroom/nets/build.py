@@ -16,8 +16,20 @@ from stillroom.nets.avgconvnet import AvgConvNet
 from stillroom.nets.convnet import ConvNet
 from stillroom.nets.mlp import Mlp
 from stillroom.nets.resnet import PreActResNet18, ResNet
+from stillroom.nets.vit import ViT
 
-NAMES = ("mlp", "mlp-256x256", "convnet", "convnet-w16", "convnet-avg-16x32x64", "resnet8", "resnet20", "resnet32", "preact-resnet18")
+NAMES = (
+    "mlp",
+    "mlp-256x256",
+    "convnet",
+    "convnet-w16",
+    "convnet-avg-16x32x64",
+    "resnet8",
+    "resnet20",
+    "resnet32",
+    "preact-resnet18",
+    "vit-p2-w32-d3",
+)
 """Examples; any widths, and any resnet of 6n+2 layers, can be built."""
 
 
@@ -25,8 +37,9 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
     """A freshly initialised classifier of images (B, channels, size, size) in [0, 1], which it normalises by `mean` and `std`.
 
     `mlp-AxB` has hidden layers of A and B units (`mlp`: 256x256), `convnet-wN` stages of N, 2N and 4N channels (`convnet`: 16),
-    `convnet-avg-AxBxC` stages of A, B and C channels with average-pooling, `resnetD` D = 6n+2 layers; `preact-resnet18`. Each has
-    `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like.
+    `convnet-avg-AxBxC` stages of A, B and C channels with average-pooling, `resnetD` D = 6n+2 layers; `preact-resnet18`;
+    `vit-pP-wW-dD` patches of P pixels, width W and D blocks. Each has `features(images)`, `head` (nn.Linear) and `spec`:
+    `build(**net.spec)` builds its like.
     UserError for any other name.
     """
     shape: dict[str, Any] = {"classes": classes, "channels": channels, "size": size, "mean": tuple(mean), "std": tuple(std)}
@@ -45,6 +58,13 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
         return AvgConvNet(**shape, widths=widths)
     if (match := re.fullmatch(r"resnet(\d+)", name)) and int(match[1]) >= 8 and int(match[1]) % 6 == 2:
         return ResNet(**shape, depth=int(match[1]))
+    if match := re.fullmatch(r"vit-p([1-9]\d*)-w([1-9]\d*)-d([1-9]\d*)", name):
+        patch, width, depth = map(int, match.groups())
+        if size % patch or width % max(1, width // 16):
+            raise UserError(
+                f"{name}: {patch} must divide the {size} pixels of an image, and the number of heads, W // 16, the width {width}."
+            )
+        return ViT(**shape, patch=patch, width=width, depth=depth)
     near = difflib.get_close_matches(name, NAMES, cutoff=0.5)
     raise UserError(f"There is no small network {name!r}. {'Near' if near else 'There are'}: {', '.join(near or NAMES)}.")
 
