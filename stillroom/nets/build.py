@@ -61,9 +61,7 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
     if match := re.fullmatch(r"vit-p([1-9]\d*)-w([1-9]\d*)-d([1-9]\d*)", name):
         patch, width, depth = map(int, match.groups())
         if size % patch or width % max(1, width // 16):
-            raise UserError(
-                f"{name}: {patch} must divide the {size} pixels of an image, and the number of heads, W // 16, the width {width}."
-            )
+            raise UserError(f"{name}: patches of {patch} must divide images of {size} pixels, and the W // 16 heads their width {width}.")
         return ViT(**shape, patch=patch, width=width, depth=depth)
     near = difflib.get_close_matches(name, NAMES, cutoff=0.5)
     raise UserError(f"There is no small network {name!r}. {'Near' if near else 'There are'}: {', '.join(near or NAMES)}.")

@@ -44,7 +44,7 @@ def test_the_ridge_is_a_constant_to_the_gradient():
     """Against central differences of the prediction with the ridge held at its value."""
     train, new, targets = rows(5, 3).requires_grad_(), rows(4, 3), rows(5, 2)
     share = 0.1  # large, so that its gradient would show
-    gradient, = torch.autograd.grad(ridge_head(train, new, targets, share).sum(), train)
+    (gradient,) = torch.autograd.grad(ridge_head(train, new, targets, share).sum(), train)
     ones = lambda x: torch.cat([x, torch.ones_like(x[:, :1])], 1)
     held = share * (ones(train) @ ones(train).T).trace().detach()
     value = lambda x: kernel_ridge(ones(x) @ ones(x).T, ones(new) @ ones(x).T, targets, held).sum()
