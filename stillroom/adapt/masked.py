@@ -64,7 +64,7 @@ class MaskedViT(nn.Module):
         kept = order[:, : max(1, int(patches.shape[1] * (1 - self.ratio)))]
         visible = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
         predicted = self.decoder(self.encoder.encode(visible), kept)
-        pixels = patchify(self.encoder.normalise(images), self.encoder.embed.kernel_size[0])
+        pixels = patchify(self.encoder.body(images), self.encoder.embed.kernel_size[0])
         return predicted, pixels, torch.ones_like(predicted[..., 0]).scatter(1, kept, 0.0)
 
     def forward(self, images: Tensor, *, masked: bool = True, hidden: bool = True) -> Answer:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillroom.nets.parts import Normalise
+from stillroom.nets.parts import Classifier
 
 
 class Block(nn.Module):
@@ -29,27 +28,21 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
-class ViT(nn.Module):
+class ViT(Classifier):
     """Patches of `patch` pixels a side, a class token, learned positions, `depth` blocks, a layer norm, and the head on the class token
-    (Dosovitskiy et al. 2021, arXiv 2010.11929). Images (B, C, size, size) in [0, 1] to logits; `size` is divisible by `patch`."""
+    (Dosovitskiy et al. 2021, arXiv 2010.11929). Images (B, C, size, size) in [0, 1] to logits; `patch` divides `size`."""
 
-    def __init__(
-        self, classes: int, channels: int, size: int, mean: Sequence[float], std: Sequence[float], patch: int, width: int, depth: int
-    ):
-        super().__init__()
-        name = f"vit-p{patch}-w{width}-d{depth}"
-        self.spec: dict[str, Any] = {"name": name, "classes": classes, "channels": channels, "size": size, "mean": mean, "std": std}
-        self.normalise = Normalise(mean, std)
+    def __init__(self, name: str, patch: int, width: int, depth: int, *, channels: int, size: int, **shape: Any):
+        super().__init__(name, [], width, channels=channels, size=size, **shape)  # the body only normalises
         self.embed = nn.Conv2d(channels, width, patch, patch)
         self.token = nn.Parameter(torch.empty(1, 1, width).normal_(0, 0.02))
         self.positions = nn.Parameter(torch.empty(1, (size // patch) ** 2 + 1, width).normal_(0, 0.02))
         self.blocks = nn.Sequential(*(Block(width, max(1, width // 16)) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
 
     def patches(self, images: Tensor) -> Tensor:
         """(B, N, width): every patch with its position, without the class token."""
-        return self.embed(self.normalise(images)).flatten(2).transpose(1, 2) + self.positions[:, 1:]
+        return self.embed(self.body(images)).flatten(2).transpose(1, 2) + self.positions[:, 1:]
 
     def encode(self, patches: Tensor) -> Tensor:
         """(B, n, width), any n of the patches in any order, to (B, 1 + n, width) after the last norm, the class token first."""
@@ -59,9 +52,6 @@ class ViT(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(B, width): the class token."""
         return self.encode(self.patches(images))[:, 0]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
 
 
 class MaskedDecoder(nn.Module):

@@ -86,7 +86,7 @@ class Config:
     """Real images to start from: random ones, or those nearest to the k-means centres of the teacher's features."""
     learn: Literal["both", "images", "targets"] = "both"
     """What the outer steps change."""
-    steps: Natural = 800
+    steps: Natural = 600
     """Outer steps; 0 keeps the real images with the teacher's features."""
     batch_size: Count = 256
     """Real images per outer step."""
@@ -191,7 +191,7 @@ def main(
     run.row("student", **means)
     run.image("distilled images", images[:64])
     run.image("the real images that they start from", start[:64])
-    run.save_student(partial(save, student=student, images=images, targets=targets))
+    run.save_student(student, partial(save, images=images, targets=targets))
     return means
 
 
@@ -381,7 +381,7 @@ def probe(task: ImageData, encoder: nn.Module) -> float:
     return linear_probe(*evaluate(encoder, task.train), *evaluate(encoder, task.test))
 
 
-def save(folder: Path, student: nn.Module, images: Tensor, targets: Tensor) -> None:
+def save(student: nn.Module, folder: Path, images: Tensor, targets: Tensor) -> None:
     """The set as distilled.safetensors (images in the scale of real ones, targets) beside the last network pre-trained on it."""
     from safetensors.torch import save_file
 
