@@ -127,18 +127,17 @@ def main(cfg: Config, run: Run, *, data: ImageData | TextData | None = None, mod
     `data` (the target) and `model` (a pre-trained one with the forward of `adapt.masked`) replace what the config names.
     """
     checkpoint, target = find_checkpoint(cfg, run, data, model)
-    checkpoint = run.frozen(checkpoint)
+    checkpoint = checkpoint.to(run.device)
     student, teacher, curves = checkpoint, None, []
     for t in range(cfg.rounds + 1 if cfg.steps else 0):
         settings = (cfg.steps, cfg.batch_size, cfg.optimizer, cfg.mae_weight, cfg.kd_weight if t else 0.0)
         begin = teacher if teacher is not None and cfg.start == "teacher" else checkpoint
         with run.stage(f"round-{t}", shared=(pretrain, settings, target.train, target.test, begin, teacher)) as stage:
             student, curve = pretrain(stage, settings, begin, teacher, target.train, target.test)
-        teacher = run.frozen(copy.deepcopy(student))
+        teacher = student
         curves.append(curve)
-        run.row(f"round {t}", heldout=heldout(teacher, target.test), distance=distance(teacher, checkpoint))
+        run.row(f"round {t}", heldout=heldout(student, target.test), distance=distance(student, checkpoint))
 
-    student = run.unwrap(student)
     metrics = {"heldout": heldout(student, target.test), "distance": distance(student, checkpoint)}
     classifier = finetune(cfg, run, student.classifier(len(target.classes), cfg.finetune_dropout), target)
     metrics["accuracy"] = ClassificationMetrics.of(*evaluate(classifier, target.test)).accuracy
@@ -197,7 +196,9 @@ def pretrain(
     """One round: a copy of `begin` learns masked reconstruction and, with a teacher, its hidden states. Returns the model and its
     held-out error at POINTS steps. settings: steps, batch size, optimizer, and the weights of both losses."""
     steps, batch_size, config, mae_weight, kd_weight = settings
-    model, optimizer = stage.trainable("model", copy.deepcopy(begin).requires_grad_(True), config)
+    model, optimizer = stage.trainable("model", copy.deepcopy(begin), config)
+    if teacher is not None:
+        teacher = stage.frozen(copy.deepcopy(teacher))
     curve = torch.zeros(POINTS, device=stage.device)
     stage.track(curve=curve)
     batches = Batches(train, batch_size, stage.seed)
