@@ -21,7 +21,8 @@ from stillroom.testing import assert_grads
 
 SMALL = {
     "limit": 200, "images": 8, "steps": 12, "batch_size": 32, "pool": 2, "lifetime": 4, "teacher_steps": 8, "pretrain_steps": 6,
-    "repeats": 1, "finetune_steps": 3, "shots": 2, "others": ("small:mlp-16",), "net": "small:convnet-avg-4x8", "teacher": "small:convnet-avg-8x4",
+    "repeats": 1, "finetune_steps": 3, "shots": 2, "others": ("small:mlp-16",), "net": "small:convnet-avg-4x8",
+    "teacher": "small:convnet-avg-8x4",
 }  # fmt: skip
 
 

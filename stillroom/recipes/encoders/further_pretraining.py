@@ -73,10 +73,10 @@ class Config:
     """Tokens that a text is cut to."""
     mask_ratio: Annotated[float, Interval(gt=0.0, lt=1.0)] = 0.75
     """Share of patches, or tokens (usually 0.15), that are hidden."""
-    steps: Natural = 800
+    steps: Natural = 1200
     """Pre-training steps of every round, S; 0 fine-tunes the checkpoint."""
     batch_size: Count = 25
-    optimizer: Optimizer = Optimizer("adamw", 1.5e-3, beta2=0.95, weight_decay=0.01, decay="matrices", schedule="linear")
+    optimizer: Optimizer = Optimizer("adamw", 1e-3, beta2=0.95, weight_decay=0.01, decay="matrices", schedule="linear")
     """Of every round, anew."""
     rounds: Natural = 1
     """Rounds of self-distillation after the first one, T'; 0 is plain further pre-training."""
@@ -105,7 +105,7 @@ def full() -> Config:
 ARMS: dict[str, dict[str, Any]] = {
     "fine-tuning": {"steps": 0, "rounds": 0},
     "further pre-training": {"rounds": 0},
-    "twice as long": {"rounds": 0, "steps": 1600},
+    "twice as long": {"rounds": 0, "steps": 2400},
     "self-distillation": {},
     "started from the teacher": {"start": "teacher"},
 }
