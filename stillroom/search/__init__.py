@@ -2,8 +2,8 @@
 
 from stillroom.search.archive import Agent, Archive, Evaluate, Expand, Log, Trial
 from stillroom.search.loop import Found, search
-from stillroom.search.policies import POLICIES, best_belief, dgm, greedy, hgm, own_score, random_search, thompson
-from stillroom.search.sandbox import Limits, SandboxError, run_function
+from stillroom.search.policies import POLICIES, Policy, best_belief, dgm, greedy, hgm, own_score, random_search, thompson
+from stillroom.search.sandbox import Limits, Sandbox, SandboxError, run_function
 
 __all__ = [
     "POLICIES",
@@ -14,6 +14,8 @@ __all__ = [
     "Found",
     "Limits",
     "Log",
+    "Policy",
+    "Sandbox",
     "SandboxError",
     "Trial",
     "best_belief",

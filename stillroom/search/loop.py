@@ -227,9 +227,14 @@ def _child(report: Report, parent: Any, *, as_json: bool) -> tuple[Any, str]:
             child = json.loads(json.dumps(child, allow_nan=False))
         except (TypeError, ValueError) as error:
             return None, f"modify returned {report.value!r:.80}, which is not JSON ({error})"
-    if child is None or child is parent or (type(child) is type(parent) and child == parent):
-        return None, "modify changed nothing"
-    return child, ""
+    return (None, "modify changed nothing") if child is None or _same(child, parent) else (child, "")
+
+
+def _same(child: Any, parent: Any) -> bool:
+    try:
+        return child is parent or bool(child == parent)
+    except Exception:  # artefacts that cannot be compared, arrays for one
+        return False
 
 
 def _reason(state: _State) -> str:
@@ -237,7 +242,7 @@ def _reason(state: _State) -> str:
     if archive.finished >= archive.budget:
         return ""
     if archive.agents[0].passed == 0:
-        return f"The root passed none of its {archive.tasks} tasks, so there is no success to follow: start from a better root or easier tasks."
+        return f"The root passed none of its {archive.tasks} tasks: with no success to follow, start from a better root or easier tasks."
     if archive.exhausted:
         return f"The last {archive.failed_in_a_row} modifications failed, the last one with: {state.error}"
     return "Every agent was tested on every task, and the policy asked for no other."
