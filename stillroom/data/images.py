@@ -88,7 +88,7 @@ class LazySplit:
     The fingerprint of files is that of their names, sizes and times: hashing the content of a large set would read it all.
     """
 
-    def __init__(self, decode: Decoder, labels: Tensor, rows: Tensor | None = None, device: Device = "cpu"):
+    def __init__(self, decode: Decode, labels: Tensor, rows: Tensor | None = None, device: Device = "cpu"):
         self.decode, self.labels, self.device = decode, labels.long().to(device), torch.device(device)
         self.rows = torch.arange(len(labels)) if rows is None else rows
 
@@ -115,13 +115,16 @@ class LazySplit:
         return fingerprint(self.decode.fingerprint(), self.rows, self.labels)
 
 
-class Decoder(Protocol):
+class Decode(Protocol):
+    """A row number to (C, H, W) uint8 pixels."""
+
     def __call__(self, row: int) -> Tensor: ...
     def fingerprint(self) -> str: ...
 
 
-def statistics(split: Split, most: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, of at most `most` evenly spaced images."""
+def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, of at most 4096 evenly spaced images (256 where each must be decoded)."""
+    most = 4096 if isinstance(split, MemorySplit) else 256
     rows = torch.linspace(0, len(split) - 1, min(len(split), most)).long().unique()
     pixels = split.take(rows).images.double().transpose(0, 1).flatten(1)
     return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1, correction=0).clamp_min(1e-3).tolist())

@@ -188,7 +188,7 @@ def _hub(spec: str) -> tuple[Rows, Rows]:
             if "train" not in every or not test_name:
                 raise UserError(f"hub:{name} has the splits {', '.join(every)}: name the two to use as hub:{name}@TRAIN,TEST.")
             train, test = every["train"], every[test_name]
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"hub:{spec}: the data set could not be loaded ({error}). Write hub:ID or hub:ID@TRAIN,TEST.") from error
     rows = _dataset(train, f"{name} {train_name}", None)
     return rows, _dataset(test, f"{name} {test_name}", rows.classes)

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from stillroom import hub
@@ -27,9 +26,9 @@ from stillroom.data.images import ImageData, Split, join
 from stillroom.data.load import load_images
 from stillroom.losses.divergences import cross_entropy, kl
 from stillroom.metrics import present
-from stillroom.metrics.classification import evaluate
 from stillroom.optim import Optimizer
 from stillroom.run import Run
+from stillroom.teachers import signals
 
 BASELINE = True
 
@@ -73,10 +72,10 @@ class Config:
 
 def full() -> Config:
     """A common full-size setting for CIFAR (the paper itself reports MNIST and speech at T between 2 and 20)."""
+    sgd = Optimizer("sgd", 0.1, weight_decay=5e-4, nesterov=True, schedule="cosine")
     return Config(
-        data="hub:uoft-cs/cifar10", labelled=0, augment="crop-flip", teacher="small:resnet32", teacher_steps=80_000, student="small:resnet8",
-        teacher_optimizer=Optimizer("sgd", 0.1, weight_decay=5e-4, nesterov=True, schedule="cosine"), steps=80_000, batch_size=128,
-        optimizer=Optimizer("sgd", 0.1, weight_decay=5e-4, nesterov=True, schedule="cosine"),
+        data="hub:uoft-cs/cifar10", labelled=0, augment="crop-flip", teacher="small:resnet32", teacher_steps=80_000, teacher_optimizer=sgd,
+        student="small:resnet8", steps=80_000, batch_size=128, optimizer=sgd,
     )  # fmt: skip
 
 
@@ -104,14 +103,16 @@ def main(
     )  # fmt: skip
     data = data.to(run.device)
     augment = augmenter(cfg.augment, data.size)
-    distils = cfg.kd_weight > 0
-    if distils:
-        teacher = run.frozen(teacher if teacher is not None else find_teacher(cfg, run, data))
+    images: Split = data.train
+    signal: signals.Signal | None = None
+    if cfg.kd_weight:
+        teacher = run.frozen(find_teacher(cfg, run, data) if teacher is None else teacher)
         present.classifier(run, "teacher", teacher, data.test)
+        if cfg.pool == "all" and data.transfer is not None:
+            images = join(data.train, data.transfer)
+        signal = signals.logits(run, teacher, images, augmented=cfg.augment != "none")
 
-    images: Split = data.train if not distils or cfg.pool == "labelled" or data.transfer is None else join(data.train, data.transfer)
-    answers = run.cached("teacher-logits", logits_of, teacher, images)["logits"] if distils and cfg.augment == "none" else None
-    student, optimizer = run.trainable("student", student or hub.load_classifier(cfg.student, data, fresh=True), cfg.optimizer)
+    student, optimizer = run.trainable("student", student or hub.load_classifier(cfg.student, data=data, fresh=True), cfg.optimizer)
     batches = Batches(images, cfg.batch_size, run.seed)
     for step in run.steps(cfg.steps):
         index, image, label = run.shard(batches(step))
@@ -120,15 +121,11 @@ def main(
         parts = {}
         if cfg.ce_weight:
             parts["ce"] = cfg.ce_weight * labelled_mean(cross_entropy(logits, label.clamp_min(0)), label >= 0)
-        if distils:
-            parts["kd"] = cfg.kd_weight * kl(
-                answers[index] if answers is not None else answer(teacher, image), logits, cfg.temperature, times_t2=True
-            )
+        if signal is not None:
+            parts["kd"] = cfg.kd_weight * kl(signal(index, image), logits, cfg.temperature, times_t2=True)
         run.update(optimizer, **parts)
 
     metrics = present.classifier(run, "student", student, data.test)
-    if distils:
-        metrics["agreement"] = agreement(student, teacher, data.test)
     run.save_student(lambda folder: hub.save_classifier(run.unwrap(student), folder))
     return metrics
 
@@ -136,14 +133,14 @@ def main(
 def find_teacher(cfg: Config, run: Run, data: ImageData) -> nn.Module:
     """A pretrained teacher as it is, or a small one trained on the labelled images, once for all runs that want the same."""
     if not cfg.teacher.startswith("small:"):
-        return hub.load_classifier(cfg.teacher, data)
+        return hub.load_classifier(cfg.teacher, data=data)
     inputs = (train_teacher, cfg.teacher, cfg.teacher_steps, cfg.teacher_optimizer, cfg.batch_size, cfg.augment, data)
     with run.stage("teacher", shared=inputs) as stage:
         return train_teacher(stage, cfg, data)
 
 
 def train_teacher(stage: Run, cfg: Config, data: ImageData) -> nn.Module:
-    net, optimizer = stage.trainable("teacher", hub.load_classifier(cfg.teacher, data, fresh=True), cfg.teacher_optimizer)
+    net, optimizer = stage.trainable("teacher", hub.load_classifier(cfg.teacher, data=data, fresh=True), cfg.teacher_optimizer)
     augment, batches = augmenter(cfg.augment, data.size), Batches(data.train, cfg.batch_size, stage.seed)
     for step in stage.steps(cfg.teacher_steps):
         _, image, label = stage.shard(batches(step))
@@ -151,21 +148,6 @@ def train_teacher(stage: Run, cfg: Config, data: ImageData) -> nn.Module:
     return stage.unwrap(net)
 
 
-def logits_of(teacher: nn.Module, images: Split) -> dict[str, Tensor]:
-    return {"logits": evaluate(teacher, images)[0]}
-
-
-@torch.no_grad()
-def answer(teacher: nn.Module, image: Tensor) -> Tensor:
-    return teacher(image)
-
-
 def labelled_mean(values: Tensor, labelled: Tensor) -> Tensor:
     """Mean over the labelled rows of a batch; zero when it has none."""
     return (values * labelled).sum() / labelled.sum().clamp_min(1)
-
-
-@torch.no_grad()
-def agreement(student: nn.Module, teacher: nn.Module, test: Split) -> float:
-    """Share of test images on which student and teacher name the same class."""
-    return float((evaluate(student, test)[0].argmax(-1) == evaluate(teacher, test)[0].argmax(-1)).float().mean())
