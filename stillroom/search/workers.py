@@ -17,7 +17,7 @@ from typing import Any
 
 from stillroom.search.sandbox import Limits, confine
 
-_CONTEXT = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+_CONTEXT: Any = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
 
 
 @dataclass(frozen=True)
