@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     columns = list(dict.fromkeys(k for row in rows for k in row if k != "name"))
-    out = Table("", box=None, header_style="bold", pad_edge=False)
+    out = Table(box=None, header_style="bold", pad_edge=False)
+    out.add_column("", no_wrap=True, min_width=max(len(row["name"]) for row in rows))
     for column in columns:
         out.add_column(SHOWN[column][0] if column in SHOWN else column, justify="right")
     for row in rows:
@@ -147,7 +148,7 @@ def changed(result: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in result["config"].items() if usual.get(k) != v}
 
 
-def _curves(sources: Iterable[tuple[str, Path]]) -> list[tuple[str, str]]:
+def _curves(sources: list[tuple[str, Path]]) -> list[tuple[str, str]]:
     """One SVG per logged number, with a line per (run, stage)."""
     lines: dict[str, list[tuple[str, list, list]]] = {}
     for label, folder in sources:
@@ -161,19 +162,19 @@ def _curves(sources: Iterable[tuple[str, Path]]) -> list[tuple[str, str]]:
                     points = [(r["step"], r[key]) for r in records if r["loop"] == loop and key in r]
                     name = " ".join(part for part in (stage, "" if loop == "train" else loop, key) if part)
                     lines.setdefault(name, []).append((label, [x for x, _ in points], [y for _, y in points]))
-    return [(name, svg(lambda axes, name=name, series=series: _lines(axes, name, series))) for name, series in lines.items()]  # type: ignore[misc]
+    colour = dict(zip((label for label, _ in sources), COLOURS * len(sources)))
+    return [(name, svg(lambda axes, n=name, s=series: _lines(axes, n, s, colour))) for name, series in lines.items()]  # type: ignore[misc]
 
 
-def _lines(axes: Any, name: str, series: list[tuple[str, list, list]]) -> None:
+def _lines(axes: Any, name: str, series: list[tuple[str, list, list]], colour: dict[str, str]) -> None:
     for label, x, y in series:
-        axes.plot(x, y, label=label, linewidth=1.4)
+        axes.plot(x, y, label=label, linewidth=1.4, color=colour[label])
     positive = [v for _, _, y in series for v in y if v > 0]
     if positive and all(v > 0 for _, _, y in series for v in y) and max(positive) > 50 * min(positive):
         axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_title(name, fontsize=10, loc="left")
-    if len(series) > 1:
-        axes.legend(fontsize=9)
+    axes.legend(fontsize=9)
 
 
 def _pictures(folder: Path, label: str) -> list[dict[str, str]]:
@@ -225,12 +226,12 @@ def _page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], r
     keys = list(dict.fromkeys(k for r in results for k in r["config"]))
     return environment.get_template("report.html").render(
         title=title,
-        text=text.strip("\n"),
+        text=_paragraphs(text),
         columns=[SHOWN[c][0] if c in SHOWN else c for c in columns],
         rows=[(row["name"], [shown(c, row.get(c)) for c in columns]) for row in rows],
         gains=_gains(rows) if len(results) == 1 else [],
         curves=_curves(parts),
-        pictures=[picture for label, folder in parts for picture in _pictures(folder, label)],
+        pictures=sorted((p for label, folder in parts for p in _pictures(folder, label)), key=lambda p: (p["kind"] != ".html", p["name"])),
         names=[f.name for _, f in parts] if len(results) > 1 else ["value"],
         config=[(k, [r["config"].get(k, "") for r in results], any(k in changed(r) for r in results)) for k in keys],
         results=results,
@@ -238,15 +239,31 @@ def _page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], r
     )
 
 
+def _paragraphs(text: str) -> list[tuple[str, str]]:
+    """A docstring's body as ("p", running text) and ("pre", formulas): a paragraph whose lines are all indented stays as it is."""
+    blocks = [block for block in text.strip("\n").split("\n\n") if block.strip()]
+    return [("pre", b) if all(x.startswith("  ") for x in b.splitlines()) else ("p", " ".join(b.split())) for b in blocks]
+
+
 def _gains(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """(metric, student's value, comparison) for the cards on top: against the last row but one, the student without the method."""
+    """(metric, student's value, comparison) for the cards on top: quality against the student without the method, size against the
+    teacher."""
     if len(rows) < 2:
         return []
     student, other = rows[-1], rows[-2]
     cards = []
-    for metric in [m for m in student if m in other and m != "name"][:4]:
+    for metric in [m for m in student if m in other and m != "name" and m not in ("parameters", "bytes", "latency_ms", "throughput")][:4]:
         label, unit, scale, _ = SHOWN.get(metric, (metric, "", 1.0, -1))
-        difference = (student[metric] - other[metric]) * scale
-        note = f"{difference:+.3g} {'points' if unit == '%' else unit} against {other['name'].removeprefix('student: ')}".replace("  ", " ")
-        cards.append((label, shown(metric, student[metric]), note))
+        unit = "points" if unit == "%" else unit
+        difference = f"{(student[metric] - other[metric]) * scale:+.3g} {unit}".strip()
+        cards.append((label, shown(metric, student[metric]), f"{difference} against {other['name'].removeprefix('student: ')}"))
+    teacher = next((row for row in rows if row["name"] == "teacher"), {})
+    if teacher.get("parameters") and student.get("parameters"):
+        cards.append(
+            (
+                "parameters",
+                shown("parameters", student["parameters"]),
+                f"teacher: {teacher['parameters'] / student['parameters']:.3g} times as many",
+            )
+        )
     return cards

@@ -262,7 +262,8 @@ class Run:
         if isinstance(batch, torch.Tensor):
             if parts > 1:
                 if len(batch) % parts:
-                    raise UserError(f"a batch of {len(batch)} does not divide into {self.world} processes times {self.accumulate} chunks.", code=2)
+                    cut = f"{self.world} processes times {self.accumulate} chunks"
+                    raise UserError(f"a batch of {len(batch)} does not divide into {cut}.", code=2)
                 batch = batch.tensor_split(parts)[mine]  # type: ignore[assignment]
             return batch.to(self.device, non_blocking=True) if batch.device != self.device else batch  # type: ignore
         if isinstance(batch, Mapping):

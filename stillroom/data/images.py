@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from stillroom.errors import UserError
 from stillroom.store import fingerprint
 
 Device = torch.device | str
@@ -181,6 +182,17 @@ def keep_labels(train: Split, count: int, generator: torch.Generator) -> tuple[S
     others[chosen] = False
     rest = others.nonzero().squeeze(1)
     return train.subset(chosen), train.subset(rest, torch.full_like(rest, -1, device=train.device)) if len(rest) else None
+
+
+def spoil_labels(train: Split, share: float, classes: int, generator: torch.Generator) -> Split:
+    """A share of the labels (rounded to whole images) replaced by labels drawn uniformly from all classes, so that a replaced label may
+    be the true one. UserError unless 0 <= share <= 1."""
+    if not 0 <= share <= 1:
+        raise UserError(f"The share of noisy labels must be between 0 and 1, not {share:g}.")
+    labels = train.labels.clone()
+    noisy = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))].to(labels.device)
+    labels[noisy] = torch.randint(classes, (len(noisy),), generator=generator).to(labels.device)
+    return train.subset(torch.arange(len(labels)), labels)
 
 
 def join(first: Split, second: Split) -> Split:
