@@ -5,6 +5,7 @@
     return   the highest 1st percentile of Beta(1 + n_s(a), 1 + n_f(a))
 
 A *clade* is an agent with all its descendants; the baseline `own-score` differs only in modifying by the agent's own counts.
+
 Two problems. `simulator`: agents have a skill and a hidden gift for improving, and the true utility is known; how far the two pull
 apart is set by their correlation, so that the same table holds the contrast (skilled parents are gifted parents: nothing to gain).
 `program`: a small Python program that forms English plurals, whose text holds its rules, its habits of rewriting itself
@@ -12,6 +13,7 @@ and the code that does both; it runs in a sandbox and is judged on nouns that th
 
 One seed is a block of `repeats` searches: seed s holds the worlds s * repeats, s * repeats + 1, …  Arms are paired inside each: they
 meet the same worlds, and attempt k on the same agent gives the same child under every policy.
+
 Exact: the three policies, the widening rule and the cool-down; the conventions on N and |T| are in `stillroom.search.archive`.
 Interpretation, unconfirmed: the percentile. Shrunk: the agents (the paper's are coding agents on top of language models).
 `stillroom search` applies the same search to the configs of a recipe.
