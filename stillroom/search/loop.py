@@ -63,15 +63,17 @@ def search(
     journal: str | Path | None = None,
     executor: Executor | None = None,
     patience: int = 20,
+    about: Any = None,
     watch: Callable[[Archive], Any] | None = None,
 ) -> Found:
     """Grow a tree of modified copies of `root`; `budget` evaluations, the root's own pass over all `tasks` on top.
 
     With `workers=0` every job runs here, one after the other, without limits: for functions that are fast and trusted. Otherwise that
     many jobs run at the same time in worker processes (`executor`, by default joblib's), each under `limits`, and each decision is
-    made with the newest counts. `journal` is a JSONL file from which the same call continues; artefacts must then be JSON.
-    `watch(archive)` is called after each result. Modification k of an agent gets the same seed whatever the policy did before,
-    so that policies with the same `seed` are paired.
+    made with the newest counts. `journal` is a JSONL file from which the same call continues; artefacts must then be JSON, and so must
+    `about`, which says what else makes this search the same (the functions cannot be compared). `watch(archive)` is
+    called after each result. Modification k of an agent gets the same seed whatever the policy did before, so that policies with the
+    same `seed` are paired.
 
     Raises UserError for a budget or task list that is empty, and for a journal that is taken, damaged or of another search.
     """
@@ -84,6 +86,7 @@ def search(
         "policy": _name(policy),
         "patience": patience,
         "root": root,
+        "about": about,
     }
     with closing(Journal(journal, header)) if journal is not None else nullcontext() as book:
         state = _State(Archive(len(tasks), budget, patience), seed, book)
