@@ -81,14 +81,15 @@ def tuned(name: str, options: Options, config: Any) -> Found:
     base = catalogue.config_of(recipe, arm, config)
     flags = tuple(flags_of(base, options.tune))
     metric, better = _goal(recipe, options)
+    host = server(options.proposer) if options.proposer != "mutate" else None
     out = options.out or Path("runs") / f"search-{name}"
     measure = Seeds(name, arm, base, metric, better, math.nan, options.runs or out / "runs", options.cache)
     threshold = options.threshold if options.threshold is not None else middle(_start(measure, options))
     evaluate = dataclasses.replace(measure, threshold=threshold)
     goal = f"{metric} of at {'least' if better == 'higher' else 'most'} {threshold:.4g} on as many seeds as possible"
     modify: Any = Mutate(base, flags, anywhere=options.policy == "random")
-    if options.proposer != "mutate":
-        modify = Propose(base, flags, (recipe.__doc__ or name).strip(), goal, *server(options.proposer))
+    if host:
+        modify = Propose(base, flags, (recipe.__doc__ or name).strip(), goal, *host)
     print(f"{name} ({arm}): {goal}; changing {', '.join(flag.name for flag in flags)}")
     with _bar(options) as bar:
         found = search(

@@ -39,17 +39,15 @@ class Flag:
             return str(rng.choice([choice for choice in self.choices if choice != value])) if len(self.choices) > 1 else value
         if math.isfinite(self.low) and math.isfinite(self.high):
             moved = value + rng.normal() * 0.15 * (self.high - self.low)
+            moved = 2 * self.high - moved if moved > self.high else 2 * self.low - moved if moved < self.low else moved
         elif value == 0:
             moved = 10 ** rng.uniform(-4, 0)
         else:
             moved = value * math.exp(rng.normal() * 0.5)
-        if self.kind == "int":
-            step = 1 if moved >= value else -1
-            moved = round(moved) if round(moved) != value else value + step
-            return (
-                int(min(max(moved, math.ceil(self.low)), math.floor(self.high))) if math.isfinite(self.high) else int(max(moved, self.low))
-            )
-        return float(f"{min(max(moved, self.low), self.high):.3g}")
+        if self.kind == "int" and round(moved) == value:
+            moved = value + (1 if moved >= value or value - 1 < self.low else -1)
+            moved = value - 1 if moved > self.high else moved
+        return self._fit(moved)
 
     def draw_anywhere(self, value: Any, rng: np.random.Generator) -> Any:
         """A draw over the whole range, for random search: uniform between two ends, else log-uniform within a factor of 10."""
@@ -60,7 +58,12 @@ class Flag:
             drawn = rng.uniform(self.low, self.high)
         else:
             drawn = max(value, 1e-3) * 10 ** rng.uniform(-1, 1)
-        return max(int(self.low), round(drawn)) if self.kind == "int" else float(f"{drawn:.3g}")
+        return self._fit(drawn)
+
+    def _fit(self, value: float) -> int | float:
+        """Three digits for people to read, or a whole number, then into the range."""
+        short = round(value) if self.kind == "int" else float(f"{value:.3g}")
+        return type(short)(min(max(short, self.low), self.high))
 
 
 def flags_of(config: Any, names: Iterable[str] = ()) -> list[Flag]:

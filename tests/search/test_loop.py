@@ -117,7 +117,7 @@ def test_a_search_cut_after_any_number_of_bytes_ends_as_the_uninterrupted_one(tm
     file = tmp_path / "whole.jsonl"
     whole = shape(search(5, modify, evaluate, TASKS, 12, seed=2, journal=file))
     data = file.read_bytes()
-    cuts = random.Random(0).sample(range(len(data)), 25) + [0, 1, len(data) - 1, len(data)]
+    cuts = [*random.Random(0).sample(range(len(data)), 25), 0, 1, len(data) - 1, len(data)]
     for cut in cuts:
         part = tmp_path / "part.jsonl"
         part.write_bytes(data[:cut])
