@@ -145,27 +145,45 @@ def run_recipe(name: str, args: list[str]) -> None:
 
     check(flags.options)
     check(flags.config)
+    _refuse_contradiction(recipe, flags.options.arm or _method(recipe)[0], flags.config, preset)
     execute_run(name, recipe, flags.options, flags.config)
+
+
+def _method(recipe: Any) -> tuple[str, str | float | None]:
+    """The arm that the recipe is about, and what it is held against."""
+    return (recipe.CLAIMS[0].arm, recipe.CLAIMS[0].versus) if recipe.CLAIMS else (next(iter(recipe.ARMS)), None)
+
+
+def _refuse_contradiction(recipe: Any, arm: str, config: Any, preset: Any) -> None:
+    """UserError for a flag whose value the arm would silently replace."""
+    from stillroom.config import flatten
+
+    given, usual, used = (flatten(c) for c in (config, preset, catalogue.config_of(recipe, arm, config)))
+    for key, value in given.items():
+        if used[key] != value != usual[key]:
+            flag = f"--{key.replace('_', '-')} {value}"
+            raise UserError(f"{flag} contradicts the arm {arm!r}, which sets {used[key]}: leave it out, or choose another --arm.", code=2)
 
 
 def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> None:
     import torch
 
     from stillroom import engine, report
-    from stillroom.run import Interrupted, Run
+    from stillroom.run import Run
     from stillroom.store import Store, fingerprint
 
     torch.set_num_threads(options.threads)
     if options.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    method, versus = (recipe.CLAIMS[0].arm, recipe.CLAIMS[0].versus) if recipe.CLAIMS else (next(iter(recipe.ARMS)), None)
+    method, versus = _method(recipe)
     method = options.arm or method
     plain = (config, options.seed, method) == (recipe.Config(), 0, options.arm or method) and options.arm is None
     suffix = "" if plain else f"-{fingerprint(config, options.seed, method)[:6]}"
     folder = options.out or Path("runs") / (name + suffix)
     if options.overwrite and folder.exists():
         _delete_run(folder)
+    began = catalogue.read_config(folder) is not None or (folder.is_dir() and any(folder.iterdir()))
     placed = engine.make(options.engine, options.device, options.precision)
     settings: dict[str, Any] = {"engine": placed, "store": Store(options.cache), "accumulate": options.accumulate}
     settings |= {"save_seconds": options.save_seconds, "progress": not options.quiet, "tensorboard": options.tensorboard}
@@ -181,16 +199,19 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
                 page = report.write(folder)
                 report.print_table(report.table(folder))
                 print(f"report: {page}")
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        note = str(stopped) or f"stopped; the last checkpoints are in {folder}"
-        raise UserError(f"{note}.\nGive the same command to continue.") from None
+    except (UserError, OSError):
+        if not began and not any(folder.rglob("*.pt")):  # nothing to continue from: the corrected command may use the folder
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; the last checkpoints are in {folder}. Give the same command to continue.") from None
 
 
 def _delete_run(folder: Path) -> None:
     """Only what is recognisably a run, and not in use, is deleted."""
     from filelock import FileLock, Timeout
 
-    if not (folder / "config.json").exists() and any(folder.iterdir()):
+    if catalogue.read_config(folder) is None and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"--overwrite: {folder} does not look like a run folder (it has no config.json), so it is left alone.", code=2)
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -237,6 +258,9 @@ def verify(
 
     if (name is None) == (not all):
         raise UserError("give the name of a recipe, or --all.", code=2)
+    for flag, value in (("seeds", seeds), ("jobs", jobs)):
+        if value < 1:
+            raise UserError(f"--{flag} {value} is out of range: it must be at least 1.", code=2)
     for each in catalogue.cards() if name is None else [name]:
         arms = len(catalogue.load(each).ARMS)
         with tqdm(total=arms * seeds, desc=each, leave=False, disable=None) as bar:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def command(result: dict[str, Any]) -> str:
     """The command line that makes this run again."""
     words = ["stillroom", "run", result["recipe"]] + (["--seed", str(result["seed"])] if result["seed"] else [])
+    words += ["--arm", result["arm"]] if result["arm"] else []
     for name, value in changed(result).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
@@ -136,7 +138,7 @@ def command(result: dict[str, Any]) -> str:
             words.append(f"--{flag}" if value else f"--{head + '.' if head else ''}no-{tail}")
         else:
             words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return " ".join(f"'{w}'" if " " in w else w for w in words)
+    return shlex.join(words)
 
 
 def changed(result: dict[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,10 @@ torch's generators only: they are what a step seeds.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
+import pickle
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,21 +24,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from stillroom import engine as engines
 from stillroom import roles as held
 from stillroom.errors import UserError
+from stillroom.interrupt import Interrupted, Signals
 from stillroom.log import Clock, MetricsLog
 from stillroom.optim import BuildOptimizer, Optimizer
 from stillroom.roles import Ema, Finite, Role
 from stillroom.store import Store, replacing, write_atomic
 
 B = TypeVar("B")
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM arrived and the run saved its state."""
 
 
 class Run:
@@ -177,12 +174,12 @@ class Run:
         if name in self._loops:
             raise ValueError(f"a second loop called {name!r} would overwrite the first one's checkpoint: name it")
         self._loops.add(name)
-        start = self._restore(name)
+        start = self._restore(name, total)
         stop = threading.Event()
         saved, stride = time.monotonic(), max(1, total // 200)
         collective = self.world > 1
         bar = self._bar(total, start, name)
-        with _signals(stop):
+        with Signals(stop):
             for step in range(start, total):
                 self.step = step
                 self._log_now = step % stride == 0 or step + 1 == total
@@ -214,8 +211,9 @@ class Run:
                 if due or stopped or step + 1 == total:
                     self.save(step + 1, name)
                     saved = time.monotonic()
-                if stopped and step + 1 < total:
-                    raise Interrupted(f"stopped after step {step + 1} of {total} ({name}); state saved in {self.folder}")
+                if stopped:
+                    where = f"stopped after step {step + 1} of {total} ({name}); state saved in {self.folder}."
+                    raise Interrupted(f"{where} Give the same command to continue.")
         if bar is not None:
             bar.close()
         self.chunk = 0
@@ -236,7 +234,8 @@ class Run:
         means: dict[str, torch.Tensor] = {}
         for part, value in given.items():
             if value.dim():
-                weight = value.numel() if count is None else count
+                # A chunk may have nothing to count: it then adds nothing.
+                weight = value.numel() if count is None else torch.as_tensor(count, device=value.device).clamp_min(1e-12)
                 value = value.sum() / weight if count is not None else value.mean()
             means[part] = value
         total = functools.reduce(torch.add, means.values())
@@ -298,8 +297,11 @@ class Run:
             state["log_size"] = self._log.flush()
             try:
                 write_atomic(self.folder / f"{name}.pt", lambda file: torch.save(state, file))
-            except OSError as error:
-                raise UserError(f"could not save to {self.folder}: {error.strerror or error}. The previous checkpoint is intact.") from None
+            except (OSError, RuntimeError) as error:
+                cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides why a write failed
+                if not isinstance(cause, OSError):
+                    raise
+                raise UserError(f"could not save to {self.folder}: {cause.strerror}. The previous checkpoint is intact.") from None
         self.engine.barrier()
 
     def _state_of(self, value: Any) -> Any:
@@ -307,12 +309,15 @@ class Run:
             return value
         return self.engine.state(value.net, None) if isinstance(value, Ema) else value.state_dict()
 
-    def _restore(self, name: str) -> int:
+    def _restore(self, name: str, total: int) -> int:
         file = self.folder / f"{name}.pt"
         if not file.exists():
             self._log.truncate()
             return 0
-        state = torch.load(file, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({type(error).__name__}). Start again: --overwrite, or another --out.") from None
         missing = set(state["roles"]) ^ set(self.roles) | set(state["tracked"]) ^ set(self._tracked)
         if missing:
             raise UserError(f"{file} was saved by another program: {sorted(missing)} do not match. Start again in a new --out folder.")
@@ -327,7 +332,10 @@ class Run:
                 self.engine.load(value.net, None, saved)
             else:
                 value.load_state_dict(saved)
-        self._log.truncate(state["log_size"])
+        if state["step"] < total:
+            self._log.truncate(state["log_size"])
+        else:
+            self._log.size = state["log_size"]  # what a later loop wrote after this one is for that loop to judge
         self._clock.earlier = max(self._clock.earlier, state["seconds"])
         return state["step"]
 
@@ -388,28 +396,9 @@ class Run:
     def save_student(self, save: Callable[[Path], None]) -> None:
         """`save(folder)` fills student/, which appears at once or not at all (a loader's `save_pretrained`, `hub.save_classifier`, …)."""
         if not self.rank:
-            with replacing(self.folder / "student") as fresh:
-                save(fresh)
+            try:
+                with replacing(self.folder / "student") as fresh:
+                    save(fresh)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"could not save the student to {self.folder}: {error}. Free space, and give the same command.") from None
         self.engine.barrier()
-
-
-class _signals(contextlib.AbstractContextManager):
-    """While a loop runs, Ctrl-C and SIGTERM set `stop` (so that the step can finish and be saved); the second one takes effect at once."""
-
-    def __init__(self, stop: threading.Event):
-        self.stop = stop
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._arrived)
-
-    def _arrived(self, number: int, frame: Any) -> None:
-        if self.stop.is_set():
-            raise KeyboardInterrupt
-        self.stop.set()
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

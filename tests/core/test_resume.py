@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ import torch
 from stillroom import log
 from stillroom.engine import make
 from stillroom.errors import UserError
-from stillroom.run import Interrupted, Run
+from stillroom.interrupt import Interrupted
+from stillroom.run import Run
 from stillroom.store import Store
 from tests.loops import SHAPES, one_optimizer
 
@@ -131,3 +133,53 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None
             run.save(4)
     assert (tmp_path / "a" / "train.pt").read_bytes() == before
     assert not list((tmp_path / "a").glob(".*.tmp"))
+
+
+def two_loops(run: Run, stop: int | None = None, kill_at: int | None = None) -> torch.Tensor:
+    weight, optimizer = run.trainable("w", torch.nn.Parameter(torch.ones(1)), lambda p: torch.optim.SGD(p, 0.5))
+    for name in ("warm", "train"):
+        for step in run.steps(20, name):
+            if name == "train" and step == stop:
+                raise RuntimeError("stop")
+            if name == "warm" and step == kill_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            run.update(optimizer, (weight - torch.randn(1)).square())
+    return weight.detach()
+
+
+def test_a_run_stopped_in_its_second_loop_loses_no_line_of_its_log(tmp_path: Path) -> None:
+    with small(tmp_path / "a") as run:
+        straight = two_loops(run)
+    with small(tmp_path / "b", save_seconds=0.0) as run, pytest.raises(RuntimeError):
+        two_loops(run, stop=9)
+    with small(tmp_path / "b") as run:
+        resumed = two_loops(run)
+    assert torch.equal(straight, resumed)
+    assert log.read(tmp_path / "a" / "metrics.jsonl") == log.read(tmp_path / "b" / "metrics.jsonl")
+
+
+def test_ctrl_c_in_the_last_step_of_a_loop_stops_too(tmp_path: Path) -> None:
+    with small(tmp_path / "a") as run, pytest.raises(Interrupted, match=r"after step 20 of 20 \(warm\)"):
+        two_loops(run, kill_at=19)
+    with small(tmp_path / "a") as run:
+        resumed = two_loops(run)
+    with small(tmp_path / "b") as run:
+        assert torch.equal(two_loops(run), resumed)
+
+
+def test_a_damaged_or_hostile_checkpoint_is_refused_and_never_executed(tmp_path: Path) -> None:
+    with small(tmp_path / "a") as run:
+        two_loops(run)
+    file = tmp_path / "a" / "warm.pt"
+    whole = file.read_bytes()
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"step": 1, "payload": Hostile()}, tmp_path / "hostile.pt")
+    for content in (whole[:100], whole[: len(whole) // 2], b"", b"not a checkpoint", (tmp_path / "hostile.pt").read_bytes()):
+        file.write_bytes(content)
+        with small(tmp_path / "a") as run, pytest.raises(UserError, match=r"warm.pt is damaged.*--overwrite"):
+            two_loops(run)
+    assert not (tmp_path / "executed").exists()
