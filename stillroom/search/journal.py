@@ -16,15 +16,23 @@ from filelock import FileLock, Timeout
 from stillroom.errors import UserError
 
 
+_FIRST = b'{"search": '
+
+
 class Journal:
     """The open journal at `path`, held by this process alone until `close`.
 
     `lines` holds what was already there, the header left out. Raises UserError when another process holds the file, when it
-    belongs to another search than `header` says, or when it is damaged anywhere but in a half-written last line, which is cut off.
+    belongs to another search than `header` says, or when it is damaged anywhere but in a half-written last line, which is cut off;
+    and for a header that is not JSON.
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any]):
         self.path = Path(path)
+        try:
+            header = json.loads(json.dumps(header, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"a search with a journal needs artefacts that are JSON, the root first: {error}.") from None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(f"{self.path}.lock")
         try:
@@ -44,7 +52,6 @@ class Journal:
             self.write({"search": header})
 
     def _same_search(self, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-        wanted = json.loads(json.dumps(wanted))
         other = [f"{key} {there.get(key)!r} there, {value!r} here" for key, value in wanted.items() if there.get(key) != value]
         if other:
             raise UserError(f"{self.path} belongs to another search ({'; '.join(other)}): continue with the same, or name another folder.")
@@ -57,8 +64,10 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._file.close()
-        self._lock.release()
+        try:
+            self._file.close()
+        finally:
+            self._lock.release()
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -76,10 +85,12 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _cut_half_line(path: Path) -> bool:
-    """Truncate `path` after its last whole line; whether one is left."""
+    """Truncate the journal `path` after its last whole line; whether one is left. UserError, and no change, for any other file."""
     if not path.exists():
         return False
     data = path.read_bytes()
+    if not _FIRST.startswith(data[: len(_FIRST)]):
+        raise UserError(f"{path} is not the journal of a search: name another file.")
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         with open(path, "r+b") as file:

@@ -123,6 +123,8 @@ def run_function(source: str, name: str, args: list, limits: Limits = Limits(sec
         processor_time = (resource.RLIMIT_CPU, math.ceil(limits.seconds) + 1)
         request = ([*_rlimits(limits), processor_time], source, name, args)
         Path(folder, "request.txt").write_text(repr(request), encoding="utf-8")
+        if _server(os.getpid(), limits.network).poll() is not None:  # killed from outside, or with the thread that started it
+            _server.cache_clear()
         server = _server(os.getpid(), limits.network)
         assert server.stdin
         assert server.stdout
@@ -132,9 +134,11 @@ def run_function(source: str, name: str, args: list, limits: Limits = Limits(sec
             in_time = bool(select.select([server.stdout], [], [], limits.seconds)[0])
             _kill_group(child)  # at a time-out the program; else whatever it left behind
             status = int(server.stdout.readline())
-        except BaseException:
+        except BaseException as error:  # it may not be in step with us any more
             server.kill()
             _server.cache_clear()
+            if isinstance(error, OSError | ValueError):
+                raise SandboxError("the waiting interpreter died") from None
             raise
         if not in_time:
             raise SandboxError(f"no answer after {limits.seconds:g} s")

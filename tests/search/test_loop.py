@@ -146,9 +146,13 @@ def test_a_journal_of_another_search_and_a_damaged_one_are_refused(tmp_path):
     file.write_text("".join([*lines[:4], "{half a li\n", *lines[4:]]))
     with pytest.raises(UserError, match="line 5 is not JSON"):
         search(5, modify, evaluate, TASKS, 10, seed=2, journal=file)
-    file.write_text('{"some": "other file"}\n')
-    with pytest.raises(UserError, match="not the journal of a search"):
-        read(file)
+    for other in ('{"some": "other file"}\n', "no journal, and no end of line"):
+        file.write_text(other)
+        with pytest.raises(UserError, match="not the journal of a search"):
+            search(5, modify, evaluate, TASKS, 10, seed=2, journal=file)
+        with pytest.raises(UserError, match="not the journal of a search"):
+            read(file)
+        assert file.read_text() == other
 
 
 def test_two_processes_cannot_write_one_journal(tmp_path):
@@ -165,6 +169,9 @@ def test_two_processes_cannot_write_one_journal(tmp_path):
 def test_artefacts_that_are_not_json_are_failed_modifications_when_journalled(tmp_path):
     found = search(5, lambda a, log, seed: {1, 2}, evaluate, TASKS, 10, journal=tmp_path / "j.jsonl", patience=3)
     assert "not JSON" in found.reason
+    with pytest.raises(UserError, match="artefacts that are JSON"):
+        search({1, 2}, modify, evaluate, TASKS, 10, journal=tmp_path / "other.jsonl")
+    assert not (tmp_path / "other.jsonl").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

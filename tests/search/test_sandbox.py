@@ -87,3 +87,14 @@ def test_there_is_no_network():
         with pytest.raises(SandboxError, match="unreachable"):
             run_function(source, "f", [port])
         assert run_function(source, "f", [port], Limits(seconds=5)) == "connected"
+
+
+def test_a_waiting_interpreter_that_was_killed_is_replaced():
+    from stillroom.search.sandbox import _server
+
+    source = "def f():\n    return 'fine'"
+    assert run_function(source, "f", []) == "fine"
+    server = _server(os.getpid(), False)
+    server.kill()
+    server.wait()
+    assert run_function(source, "f", []) == "fine"
