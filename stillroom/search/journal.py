@@ -15,7 +15,6 @@ from filelock import FileLock, Timeout
 
 from stillroom.errors import UserError
 
-
 _FIRST = b'{"search": '
 
 

@@ -6,12 +6,15 @@ come home as an error message. The calls are trusted not to be hostile; programs
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +49,9 @@ def guarded(call: Callable[..., Any], args: tuple, limits: Limits) -> Report:
         try:
             if not ours.poll(limits.seconds):
                 return Report(error=f"TimeoutError: no answer after {limits.seconds:g} s")
-            return ours.recv()
+            report, modules = ours.recv()
+            _import(modules)
+            return report
         except EOFError:
             process.join(5)
             return Report(error=f"the process died (exit code {process.exitcode})")
@@ -62,15 +67,24 @@ def _child(pipe: Any, call: Callable[..., Any], args: tuple, limits: Limits, fol
         os.setsid()
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     confine(limits)
+    known = set(sys.modules)
     try:
         report = attempt(call, args)
     except BaseException as error:  # SystemExit and KeyboardInterrupt are this call's failure as well
         report = Report(error=f"{type(error).__name__}: {error}")
+    modules = [name for name, module in sys.modules.items() if name not in known and getattr(module, "__spec__", None)]
     try:
-        pipe.send(report)
+        pipe.send((report, modules))
     except Exception as error:
-        pipe.send(Report(error=f"the answer could not be sent ({type(error).__name__}: {error})"))
+        pipe.send((Report(error=f"the answer could not be sent ({type(error).__name__}: {error})"), modules))
     pipe.close()
+
+
+def _import(modules: list[str]) -> None:
+    """Import here what a job imported, so that the next one, a fork of this process, need not: for torch's optimizers that is seconds."""
+    for name in modules:
+        with suppress(Exception):
+            importlib.import_module(name)
 
 
 def _kill(process: Any) -> None:

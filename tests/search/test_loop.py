@@ -240,6 +240,18 @@ def test_a_guarded_job_takes_its_offspring_and_its_files_with_it(tmp_path):
         pytest.fail("the job's child lives on")
 
 
+def test_what_a_job_imports_the_next_one_finds():
+    def job():
+        known = "wave" in sys.modules
+        import wave
+
+        return known, wave.__name__
+
+    sys.modules.pop("wave", None)
+    assert guarded(job, (), Limits(seconds=20)).value == (False, "wave")
+    assert guarded(job, (), Limits(seconds=20)).value == (True, "wave")
+
+
 def test_memory_is_limited_and_answers_that_cannot_be_sent_are_errors():
     assert "MemoryError" in guarded(lambda: len(bytearray(3 << 30)), (), Limits(seconds=20, memory_mb=2048)).error
     assert "could not be sent" in guarded(lambda: lambda: 0, (), Limits(seconds=20)).error
