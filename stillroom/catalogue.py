@@ -9,8 +9,10 @@ import difflib
 import functools
 import importlib
 import json
+import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -44,6 +46,7 @@ class Card:
 def _card(name: str, family: str, module: str, file: Path) -> Card:
     head = file.read_text()
     title = head.lstrip().removeprefix('r"""').removeprefix('"""').partition("\n")[0].rstrip('" ')
+    title = re.sub(r" \([^()]*\)\.?$", "", title)  # the list has no room for authors; the card shows them
     return Card(name, family, module, title, "\nBASELINE = True" in head)
 
 
@@ -121,8 +124,8 @@ def execute(name: str, config: Any, run: Run, *, arm: str | None = None, **keywo
     metrics = load(name).main(config, run, **keywords)
     result = {
         **given,
-        "metrics": {k: float(v) for k, v in metrics.items()},
-        "rows": run.rows,
+        "metrics": {k: _number(v) for k, v in metrics.items()},
+        "rows": [{k: _number(v) for k, v in row.items()} for row in run.rows],
         "seconds": round(run.seconds, 2),
         **environment(),
     }
@@ -130,6 +133,13 @@ def execute(name: str, config: Any, run: Run, *, arm: str | None = None, **keywo
         write_atomic(done, json.dumps(result, indent=1, default=float))
     run.engine.barrier()
     return result
+
+
+def _number(value: Any) -> Any:
+    """As JSON has it: no tensors, and null for what is not finite."""
+    if isinstance(value, str | int):
+        return value
+    return float(value) if math.isfinite(value) else None
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

@@ -98,17 +98,14 @@ def show(name: Positional[str]) -> None:
     from rich.table import Table
 
     from stillroom.config import flatten
+    from stillroom.report import paragraphs
 
     card, recipe = catalogue.find(name), catalogue.load(name)
     entry = claims.read_ledger().get(name, {})
     console = Console(highlight=False)
-    console.print(
-        f"[bold]{name}[/]  ({card.family}{', baseline' if card.baseline else ''})\n",
-        (recipe.__doc__ or "").strip(),
-        "",
-        sep="\n",
-        markup=True,
-    )
+    console.print(f"[bold]{name}[/]  ({card.family}{', baseline' if card.baseline else ''})\n")
+    for kind, block in paragraphs((recipe.__doc__ or "").strip()):
+        console.print(block + "\n", markup=False, no_wrap=kind == "pre", overflow="ignore", crop=False)
     table = Table("arm", "differs by", "seconds a seed", box=None, header_style="bold", pad_edge=False)
     for arm, changes in recipe.ARMS.items():
         differs = ", ".join(f"{k} = {v}" for k, v in changes.items()) or "the defaults"
@@ -283,9 +280,14 @@ def verify(
             title_justify="left",
         )
         for c in entry["claims"]:
-            interval = f"{claims.number(c['difference'])} [{claims.number(c['low'])}, {claims.number(c['high'])}]"
             table.add_row(
-                c["text"], c["metric"], c["arm"], str(c["versus"]), interval.replace("[", "\\["), claims.number(c["margin"]), c["verdict"]
+                c["text"],
+                c["metric"],
+                c["arm"],
+                str(c["versus"]),
+                claims.interval(c).replace("[", "\\["),
+                claims.number(c["margin"]),
+                c["verdict"],
             )
         Console().print(table)
         print(f"written: {file}")

@@ -35,9 +35,9 @@ SHOWN: dict[str, tuple[str, str, float, int]] = {
 
 
 def shown(metric: str, value: float | None) -> str:
-    """A metric's value for people."""
+    """A metric's value for people; None is one that is not finite."""
     if value is None:
-        return ""
+        return "not finite"
     _, unit, scale, digits = SHOWN.get(metric, (metric, "", 1.0, -1))
     text = f"{value:.4g}" if digits < 0 else f"{value * scale:,.{digits}f}"
     return f"{text} {unit}".strip() if unit != "%" else f"{text} %"
@@ -78,6 +78,8 @@ def png(images: torch.Tensor, columns: int = 8) -> bytes:
     from PIL import Image
     from torch.nn.functional import pad
 
+    if not len(images):
+        raise ValueError("there are no images to draw")
     images = images.detach().float().clamp(0, 1).cpu()
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     columns = min(columns, len(images))
@@ -123,7 +125,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for column in columns:
         out.add_column(SHOWN[column][0] if column in SHOWN else column, justify="right")
     for row in rows:
-        out.add_row(row["name"], *(shown(c, row.get(c)) for c in columns))
+        out.add_row(row["name"], *(shown(c, row[c]) if c in row else "" for c in columns))
     Console().print(out)
 
 
@@ -229,9 +231,9 @@ def page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], re
     keys = list(dict.fromkeys(k for r in results for k in r["config"]))
     return environment.get_template("report.html").render(
         title=title,
-        text=_paragraphs(text),
+        text=paragraphs(text),
         columns=[SHOWN[c][0] if c in SHOWN else c for c in columns],
-        rows=[(row["name"], [shown(c, row.get(c)) for c in columns]) for row in rows],
+        rows=[(row["name"], [shown(c, row[c]) if c in row else "" for c in columns]) for row in rows],
         gains=_gains(rows) if len(results) == 1 else [],
         curves=_curves(parts),
         pictures=sorted((p for label, folder in parts for p in _pictures(folder, label)), key=lambda p: (p["kind"] != ".html", p["name"])),
@@ -242,7 +244,7 @@ def page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], re
     )
 
 
-def _paragraphs(text: str) -> list[tuple[str, str]]:
+def paragraphs(text: str) -> list[tuple[str, str]]:
     """A docstring's body as ("p", running text) and ("pre", formulas): a paragraph whose lines are all indented stays as it is."""
     blocks = [block for block in text.strip("\n").split("\n\n") if block.strip()]
     return [("pre", b) if all(x.startswith("  ") for x in b.splitlines()) else ("p", " ".join(b.split())) for b in blocks]
@@ -255,7 +257,8 @@ def _gains(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
         return []
     student, other = rows[-1], rows[-2]
     cards = []
-    for metric in [m for m in student if m in other and m != "name" and m not in ("parameters", "bytes", "latency_ms", "throughput")][:4]:
+    quality = [m for m in student if m not in ("name", "parameters", "bytes", "latency_ms", "throughput")]
+    for metric in [m for m in quality if None not in (student[m], other.get(m))][:4]:
         label, unit, scale, _ = SHOWN.get(metric, (metric, "", 1.0, -1))
         unit = "points" if unit == "%" else unit
         difference = f"{(student[metric] - other[metric]) * scale:+.3g} {unit}".strip()

@@ -41,7 +41,7 @@ class Ema:
         """After an optimizer step: average <- decay * average + (1 - decay) * parameters. Waits for the last chunk of a step."""
         if self.run.chunk + 1 < self.run.accumulate:
             return
-        source = self.run.engine.unwrap(self.source)
+        source = self.run.engine.module(self.source)
         mine, theirs = [[p.detach() for p in net.parameters()] for net in (self.net, source)]
         torch._foreach_lerp_(mine, theirs, 1 - (self.decay if decay is None else decay))
         for average, buffer in zip(self.net.buffers(), source.buffers(), strict=True):

@@ -37,6 +37,7 @@ from stillroom.roles import Ema, Finite, Role
 from stillroom.store import Store, replacing, write_atomic
 
 B = TypeVar("B")
+N = TypeVar("N")
 
 
 class Run:
@@ -278,7 +279,8 @@ class Run:
         return self.engine.gather(tensor)
 
     def unwrap(self, net: Any) -> Any:
-        """The network itself, without what DDP wraps around it (for its attributes; call the wrapped one to train)."""
+        """The plain network: without what DDP wraps around it, whole if FSDP2 sharded it (a copy then). For evaluation, attributes and
+        saving; call the one that `trainable` returned to train. All processes call this together."""
         return self.engine.unwrap(net)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------------------
@@ -393,12 +395,14 @@ class Run:
         (self.folder / "samples").mkdir(exist_ok=True)
         write_atomic(self.folder / "samples" / name, content)
 
-    def save_student(self, save: Callable[[Path], None]) -> None:
-        """`save(folder)` fills student/, which appears at once or not at all (a loader's `save_pretrained`, `hub.save_classifier`, …)."""
+    def save_student(self, net: N, save: Callable[[N, Path], None]) -> None:
+        """`save(net, folder)` fills student/ with the plain network, at once or not at all (`hub.save_classifier`, or a function that
+        calls `save_pretrained`)."""
+        whole = self.unwrap(net)
         if not self.rank:
             try:
                 with replacing(self.folder / "student") as fresh:
-                    save(fresh)
+                    save(whole, fresh)
             except (OSError, SafetensorError) as error:
                 raise UserError(f"could not save the student to {self.folder}: {error}. Free space, and give the same command.") from None
         self.engine.barrier()

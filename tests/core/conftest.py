@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from stillroom.cli import main
+
 FORK = multiprocessing.get_context("fork")  # torch and the command are imported once
+ROOT = Path(__file__).parents[2]
 TINY = ("--steps", "4", "--teacher-steps", "4", "--quiet")
 
 
@@ -45,7 +49,27 @@ class Child:
 
     @property
     def out(self) -> str:
-        return (self.folder / "out").read_text()
+        file = self.folder / "out"
+        return file.read_text() if file.exists() else ""
+
+
+def python(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def refused(capsys, *args: str, code: int = 2) -> str:
+    """The message of a command that must fail in this way."""
+    capsys.readouterr()
+    assert main(list(args)) == code
+    streams = capsys.readouterr()
+    assert "Traceback" not in streams.out + streams.err
+    assert streams.err.strip()
+    return " ".join(streams.err.replace("│", " ").split())
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +104,11 @@ def child(tmp_path: Path):
         if each.process.is_alive():
             each.process.kill()
             each.process.join()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, shared_store: Path) -> Path:
+    """A finished tiny run of kd."""
+    folder = tmp_path_factory.mktemp("runs") / "r"
+    assert main(["run", "kd", "--out", str(folder), "--cache", str(shared_store), *TINY]) == 0
+    return folder

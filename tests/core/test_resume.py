@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,44 +17,45 @@ from stillroom.errors import UserError
 from stillroom.interrupt import Interrupted
 from stillroom.run import Run
 from stillroom.store import Store
-from tests.loops import SHAPES, one_optimizer
-
-LOOPS = Path(__file__).parents[1] / "loops.py"
+from tests.loops import SHAPES, finish, one_optimizer
 
 
-def launch(shape: str, folder: Path, *flags: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(LOOPS), shape, str(folder), "25", *flags], env=environment, stdout=subprocess.PIPE)
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory) -> None:
+    """What torch imports with the first step is imported before processes are forked."""
+    with small(tmp_path_factory.mktemp("warm") / "run") as run:
+        one_optimizer(run, 1)
 
 
-def finished(shape: str, folder: Path) -> list[torch.Tensor]:
-    assert launch(shape, folder).wait() == 0
+def finished(child, shape: str, folder: Path) -> list[torch.Tensor]:
+    assert child(finish, shape, folder, 25).code() == 0
     return torch.load(folder / "final.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_killed_process_resumes_bitwise(shape: str, tmp_path: Path) -> None:
-    straight = finished(shape, tmp_path / "straight" / "run")
+def test_killed_process_resumes_bitwise(shape: str, tmp_path: Path, child) -> None:
+    straight = finished(child, shape, tmp_path / "straight" / "run")
     folder, chance = tmp_path / "killed" / "run", random.Random(shape)
-    process = launch(shape, folder, "--delay", "0.02")
-    process.stdout.readline()
-    time.sleep(chance.uniform(0.05, 0.5))  # some step of the first loop
-    process.kill()
-    process.wait()
+    for _ in range(2):
+        killed = child(finish, shape, folder, 25, None, 0.05)
+        while "started" not in killed.out:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.05, 0.4))
+        killed.process.kill()
+        assert killed.code() == -9
     assert not (folder / "final.pt").exists()
-    process = launch(shape, folder, "--die-at-save", str(chance.randint(2, 8)))  # in the middle of a checkpoint write
-    assert process.wait() == -9
-    resumed = finished(shape, folder)
+    assert child(finish, shape, folder, 25, chance.randint(2, 6)).code() == -9  # in the middle of a checkpoint write
+    resumed = finished(child, shape, folder)
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
     assert not list(folder.rglob("*.tmp"))
     mine, other = (log.read(f / "metrics.jsonl") for f in (tmp_path / "straight" / "run", folder))
     assert mine == other  # no line lost, none twice
 
 
-def test_a_finished_run_only_reloads(tmp_path: Path) -> None:
-    first = finished("two_stages", tmp_path / "run")
+def test_a_finished_run_only_reloads(tmp_path: Path, child) -> None:
+    first = finished(child, "two_stages", tmp_path / "run")
     stamp = (tmp_path / "run" / "student" / "train.pt").stat().st_mtime_ns
-    again = finished("two_stages", tmp_path / "run")
+    again = finished(child, "two_stages", tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert (tmp_path / "run" / "student" / "train.pt").stat().st_mtime_ns == stamp
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import time
 import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +19,6 @@ from stillroom.errors import UserError
 from stillroom.run import Run
 from stillroom.store import Store, fingerprint, folder_of_store, replacing, write_atomic
 from tests.core import builders
-
-FORK = multiprocessing.get_context("fork")  # torch is imported once
-
-
-def process(role: Callable[..., None], store: Path, log: Path, seconds: float = 0.0) -> Any:
-    child = FORK.Process(target=role, args=(Store(store), log, seconds))
-    child.start()
-    return child
-
-
-def code(child: Any) -> int | None:
-    child.join(60)
-    return child.exitcode
 
 
 def words(log: Path) -> list[str]:
@@ -174,16 +159,16 @@ def fails(value: int) -> dict[str, torch.Tensor]:
     return {"x": torch.tensor(1 / value)}
 
 
-def test_two_processes_that_want_the_same_entry_build_it_once(tmp_path: Path) -> None:
+def test_two_processes_that_want_the_same_entry_build_it_once(tmp_path: Path, child) -> None:
     log = tmp_path / "log"
-    both = [process(builders.cached, tmp_path / "store", log, 1.0) for _ in range(2)]
-    assert [code(p) for p in both] == [0, 0]
+    both = [child(builders.cached, Store(tmp_path / "store"), log, 1.0) for _ in range(2)]
+    assert [p.code() for p in both] == [0, 0]
     assert sorted(words(log)) == ["built", "has 6", "has 6"]
 
 
-def test_a_builder_killed_while_writing_leaves_nothing_and_the_next_one_builds(tmp_path: Path) -> None:
+def test_a_builder_killed_while_writing_leaves_nothing_and_the_next_one_builds(tmp_path: Path, child) -> None:
     log, store = tmp_path / "log", Store(tmp_path / "store")
-    assert code(process(builders.dies_while_building, store.folder, log)) == -signal.SIGKILL
+    assert child(builders.dies_while_building, store, log, 0.0).code() == -signal.SIGKILL
     assert any(store.folder.glob(".*.tmp")), "this test would prove nothing"
     assert store.entries() == []
     builders.cached(store, log, 0.0)
@@ -191,30 +176,30 @@ def test_a_builder_killed_while_writing_leaves_nothing_and_the_next_one_builds(t
     assert not list(store.folder.glob(".*.tmp"))
 
 
-def test_what_a_killed_builder_left_is_cleared(tmp_path: Path) -> None:
+def test_what_a_killed_builder_left_is_cleared(tmp_path: Path, child) -> None:
     store = Store(tmp_path / "store")
-    assert code(process(builders.dies_while_building, store.folder, tmp_path / "log")) == -signal.SIGKILL
+    assert child(builders.dies_while_building, store, tmp_path / "log", 0.0).code() == -signal.SIGKILL
     store.clear()
     assert not list(store.folder.iterdir())
 
 
-def test_a_stage_in_the_store_waits_and_takes_over_from_a_killed_process(tmp_path: Path) -> None:
+def test_a_stage_in_the_store_waits_and_takes_over_from_a_killed_process(tmp_path: Path, child) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
     builders.stage(Store(alone / "store"), alone / "log", 0.0)
     log, store = tmp_path / "log", tmp_path / "store"
-    first = process(builders.stage, store, log, 60.0)
+    first = child(builders.stage, Store(store), log, 60.0)
     wait_for(log, "step 3")
-    second = process(builders.stage, store, log)
+    second = child(builders.stage, Store(store), log, 0.0)
     end = time.monotonic() + 60
     while words(log).count("wants") < 2:
         assert time.monotonic() < end
         time.sleep(0.02)
     time.sleep(0.3)
     assert sum(line.startswith("in ") for line in words(log)) == 1, "the second one must wait"
-    first.kill()
-    assert code(first) == -signal.SIGKILL
-    assert code(second) == 0
+    first.process.kill()
+    assert first.code() == -signal.SIGKILL
+    assert second.code() == 0
     steps = [int(line.split()[1]) for line in words(log) if line.startswith("step")]
     again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])  # where the second process began
     assert 0 < steps[again] <= steps[again - 1], "it takes over from the last checkpoint, not from the start"

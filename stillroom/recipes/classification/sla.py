@@ -152,7 +152,7 @@ def main(cfg: Config, run: Run, *, data: ImageData | None = None, student: nn.Mo
     if cfg.mode == "sla+sd":
         metrics["single"] = ClassificationMetrics.of(logits[::m, joint][:, ::m], data.test.labels).accuracy
     run.image("views of one image", views(data.test.take(torch.arange(4)).images), columns=m)
-    run.save_student(lambda folder: hub.save_classifier(deployed, folder))
+    run.save_student(deployed, hub.save_classifier)
     return metrics
 
 

@@ -263,7 +263,7 @@ def deep(cfg: Config, run: Run, data: ImageData | None) -> dict[str, float]:
         weights.append(weight)
     metrics = present.classifier(run, "student", teacher, data.test)
     run.figure("ground truth's weight per generation", lambda axes: draw_weights(axes, weights))
-    run.save_student(lambda folder: hub.save_classifier(run.unwrap(teacher), folder))
+    run.save_student(teacher, hub.save_classifier)
     return {**metrics, "label_weight": weights[-1], "validation": ClassificationMetrics.of(probs(teacher).log(), held_out.labels).accuracy}
 
 
