@@ -32,18 +32,19 @@ class Flag:
     choices: tuple[Any, ...] = ()
 
     def draw(self, value: Any, rng: np.random.Generator) -> Any:
-        """A neighbour of `value`: a normal step of 15 % of the range where there are two ends, a factor around 1.6 otherwise."""
+        """A neighbour of `value`: mostly a small step (15 % of the range where it has two ends, else a factor of 1.6), now and then a
+        long one (Student's t with two degrees of freedom), so that the search does not hang on the choice of the step."""
         if self.kind == "bool":
             return not value
         if self.kind == "choice":
             return str(rng.choice([choice for choice in self.choices if choice != value])) if len(self.choices) > 1 else value
         if math.isfinite(self.low) and math.isfinite(self.high):
-            moved = value + rng.normal() * 0.15 * (self.high - self.low)
+            moved = value + rng.standard_t(2) * 0.15 * (self.high - self.low)
             moved = 2 * self.high - moved if moved > self.high else 2 * self.low - moved if moved < self.low else moved
         elif value == 0:
             moved = 10 ** rng.uniform(-4, 0)
         else:
-            moved = value * math.exp(rng.normal() * 0.5)
+            moved = value * math.exp(min(max(rng.standard_t(2) * 0.5, -5), 5))
         if self.kind == "int" and round(moved) == value:
             moved = value + (1 if moved >= value or value - 1 < self.low else -1)
             moved = value - 1 if moved > self.high else moved
