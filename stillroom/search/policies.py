@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from stillroom.errors import UserError
 from stillroom.search.archive import Action, Archive, Evaluate, Expand
 
 Policy = Callable[[Archive, np.random.Generator], Action | None]
@@ -46,8 +47,10 @@ def hgm(
     Select: modify while N**widening >= |T| - 1 + pending modifications, else test. Modify: Thompson sampling on clade counts among
     agents that passed something. Test: Thompson sampling on own counts among agents with untried tasks, on one of those, uniformly.
     The first `initial` modifications are the root's. `cooldown` sharpens both draws by B / b, b the evaluations that remain.
-    `guidance="own"` modifies by own counts as well.
+    `guidance="own"` modifies by own counts as well. UserError for a widening outside (0, 1]: beyond 1 the tree outgrows the tests.
     """
+    if not 0 < widening <= 1:
+        raise UserError(f"widening must be greater than 0 and at most 1, not {widening:g}: beyond 1 the tree outgrows the tests.")
     heat = archive.budget / max(1, archive.budget - archive.finished) if cooldown else 1.0
     passed, failed = archive.counts()
     parents = np.flatnonzero(passed) if not archive.exhausted else np.array([], dtype=int)

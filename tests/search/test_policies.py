@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from stillroom.errors import UserError
 from stillroom.search import Archive, Evaluate, Expand, best_belief, dgm, greedy, hgm, own_score, random_search, thompson
 
 
@@ -85,6 +86,12 @@ def test_the_tree_may_grow_while_n_to_the_alpha_is_at_least_its_size_without_the
     assert isinstance(hgm(state, np.random.default_rng(0), widening=math.log(3.01) / math.log(30)), Evaluate)
 
 
+@pytest.mark.parametrize("widening", [0.0, -1.0, 1.01, 2.84])
+def test_a_tree_that_would_outgrow_the_tests_is_refused(widening):
+    with pytest.raises(UserError, match="widening"):
+        hgm(archive([(None, 30, 30)]), np.random.default_rng(0), widening=widening)
+
+
 def test_the_root_is_modified_first():
     state = archive([(None, 30, 30)])
     state.agents[0].attempts = 0
@@ -98,7 +105,7 @@ def test_the_root_is_modified_first():
 def test_agents_without_success_are_never_modified():
     state = archive([(None, 1, 59), (0, 0, 3), (0, 0, 1), (0, 0, 0)])
     for policy in (hgm, own_score):
-        chosen = decide(partial(policy, widening=5.0), state)
+        chosen = decide(partial(policy, widening=1.0), state)
         assert {action.parent for action in chosen} == {0}
     assert hgm(archive([(None, 0, 60)]), np.random.default_rng(0)) is None
 
