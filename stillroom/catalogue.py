@@ -111,7 +111,7 @@ def execute(name: str, config: Any, run: Run, *, arm: str | None = None, **keywo
     from stillroom.store import write_atomic
 
     configs.check(config)
-    given = {"recipe": name, "arm": arm, "seed": run.seed, "config": configs.flatten(config)}
+    given = {"recipe": name, "arm": arm, "seed": run.seed, "precision": run.engine.precision, "config": configs.flatten(config)}
     given = json.loads(json.dumps(given, default=str))
     before = read_config(run.folder)
     if before is not None:
@@ -161,7 +161,7 @@ def _refuse_other(before: dict[str, Any], now: dict[str, Any], folder: Path) -> 
         return
     if before["recipe"] != now["recipe"]:
         raise UserError(f"{folder} holds a run of {before['recipe']}, not {now['recipe']}; choose another --out.", code=2)
-    old, new = ({"arm": d["arm"], "seed": d["seed"], **d["config"]} for d in (before, now))
+    old, new = ({k: v for k, v in d.items() if k not in ("recipe", "config")} | d["config"] for d in (before, now))
     changed = [f"{k}: {old.get(k)} there, {new.get(k)} now" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     raise UserError(
         f"{folder} holds a run with another config ({'; '.join(changed)}). Choose another --out, or --overwrite it.", code=2

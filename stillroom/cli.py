@@ -68,6 +68,7 @@ def list_(family: Positional[str | None] = None) -> None:
         family: show only this family.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     cards = [card for card in catalogue.cards().values() if family in (None, card.family)]
@@ -83,7 +84,9 @@ def list_(family: Positional[str | None] = None) -> None:
             marks = {"holds": "[green]holds[/]", "fails": "[red]fails[/]", "undecided": "[yellow]undecided[/]"}
             verdicts = [c["verdict"] for c in ledger.get(card.name, {}).get("claims", [])]
             counts = ", ".join(f"{verdicts.count(v)} {marks[v]}" for v in marks if v in verdicts)
-            table.add_row(f"  {card.name}", card.title + (" [dim](baseline)[/]" if card.baseline else ""), counts or "[dim]not verified[/]")
+            table.add_row(
+                f"  {card.name}", escape(card.title) + (" [dim](baseline)[/]" if card.baseline else ""), counts or "[dim]not verified[/]"
+            )
     Console().print(table)
 
 
@@ -95,6 +98,7 @@ def show(name: Positional[str]) -> None:
         name: a recipe of `stillroom list`.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from stillroom.config import flatten
@@ -109,11 +113,12 @@ def show(name: Positional[str]) -> None:
     table = Table("arm", "differs by", "seconds a seed", box=None, header_style="bold", pad_edge=False)
     for arm, changes in recipe.ARMS.items():
         differs = ", ".join(f"{k} = {v}" for k, v in changes.items()) or "the defaults"
-        table.add_row(arm, differs, str(entry.get("arms", {}).get(arm, {}).get("seconds", "")))
+        table.add_row(escape(arm), escape(differs), str(entry.get("arms", {}).get(arm, {}).get("seconds", "")))
     console.print(table, "")
-    for i, claim in enumerate(recipe.CLAIMS):
-        verdict = entry["claims"][i]["verdict"] if i < len(entry.get("claims", [])) else "not verified"
-        console.print(f"claim: {claim.text}: {claim.metric} of {claim.arm} {claim.better} than {claim.versus}  [bold]{verdict}[/]")
+    verdicts = {claim["text"]: claim["verdict"] for claim in entry.get("claims", [])}
+    for claim in recipe.CLAIMS:
+        text = escape(f"claim: {claim.text}: {claim.metric} of {claim.arm} {claim.better} than {claim.versus}")
+        console.print(f"{text}  [bold]{verdicts.get(claim.text, 'not verified')}[/]")
     console.print(f"\nflags of `stillroom run {name}` (--help explains them), laptop default and paper:")
     small, full = flatten(recipe.Config()), flatten(recipe.full())
     for key, value in small.items():
@@ -250,6 +255,7 @@ def verify(
         cache: the store; default: $STILLROOM_CACHE, else the platform's cache folder.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
     from tqdm import tqdm
 
@@ -280,15 +286,8 @@ def verify(
             title_justify="left",
         )
         for c in entry["claims"]:
-            table.add_row(
-                c["text"],
-                c["metric"],
-                c["arm"],
-                str(c["versus"]),
-                claims.interval(c).replace("[", "\\["),
-                claims.number(c["margin"]),
-                c["verdict"],
-            )
+            versus, number = str(c["versus"]), claims.number(c["margin"])
+            table.add_row(*map(escape, (c["text"], c["metric"], c["arm"], versus, claims.interval(c), number, c["verdict"])))
         Console().print(table)
         print(f"written: {file}")
 
@@ -365,7 +364,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"stillroom: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print("stillroom: stopped", file=sys.stderr)
+        print("stillroom: stopped; what was finished is kept, so give the same command to continue.", file=sys.stderr)
         return 1
     except OSError as error:
         if (error.filename is None and error.errno is None) or os.environ.get("STILLROOM_TRACEBACK"):

@@ -117,6 +117,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     columns = list(dict.fromkeys(k for row in rows for k in row if k != "name"))
@@ -125,7 +126,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for column in columns:
         out.add_column(SHOWN[column][0] if column in SHOWN else column, justify="right")
     for row in rows:
-        out.add_row(row["name"], *(shown(c, row[c]) if c in row else "" for c in columns))
+        out.add_row(escape(row["name"]), *(shown(c, row[c]) if c in row else "" for c in columns))
     Console().print(out)
 
 
@@ -133,6 +134,7 @@ def command(result: dict[str, Any]) -> str:
     """The command line that makes this run again."""
     words = ["stillroom", "run", result["recipe"]] + (["--seed", str(result["seed"])] if result["seed"] else [])
     words += ["--arm", result["arm"]] if result["arm"] else []
+    words += ["--precision", result["precision"]] if result["precision"] != "fp32" else []
     for name, value in changed(result).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
@@ -215,6 +217,7 @@ def compare(folders: list[Path], out: Path) -> Path:
     title = f"{len(folders)} runs compared\n\n" + "\n".join(
         f"{f.name}: {r['recipe']}, seed {r['seed']}" for f, r in zip(folders, results, strict=True)
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, page(title, rows, [(f.name, f) for f in folders], results))
     return out
 

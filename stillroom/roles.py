@@ -48,6 +48,14 @@ class Ema:
             average.copy_(buffer)
 
 
+def refuse_shared(run: Run, net: nn.Module) -> None:
+    """Freezing `net` would freeze what it shares with a trainable role as well."""
+    mine = set(net.parameters())
+    for role in run.roles.values():
+        if mine.intersection(role.parameters):
+            raise ValueError(f"this network shares parameters with the trainable role {role.name!r}: freeze a deep copy")
+
+
 def backward(run: Run, roles: list[Role], loss: torch.Tensor, weight: Any) -> None:
     """Gradients of `loss` for `roles` only, weighted so that chunks and processes add up to the mean over the effective batch."""
     if run.accumulate > 1:

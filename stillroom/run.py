@@ -31,7 +31,7 @@ from stillroom import engine as engines
 from stillroom import roles as held
 from stillroom.errors import UserError
 from stillroom.interrupt import Interrupted, Signals
-from stillroom.log import Clock, MetricsLog
+from stillroom.log import Clock, MetricsLog, progress_bar
 from stillroom.optim import BuildOptimizer, Optimizer
 from stillroom.roles import Ema, Finite, Role
 from stillroom.store import Store, replacing, write_atomic
@@ -150,7 +150,8 @@ class Run:
         return net, built
 
     def frozen(self, net: nn.Module) -> nn.Module:
-        """A network that only answers: placed, in eval mode, without gradients, never saved."""
+        """A network that only answers: placed, in eval mode, without gradients, never saved. ValueError if a role trains part of it."""
+        held.refuse_shared(self, net)
         return self.engine.frozen(net)
 
     def ema(self, name: str, net: nn.Module, decay: float) -> Ema:
@@ -179,7 +180,7 @@ class Run:
         stop = threading.Event()
         saved, stride = time.monotonic(), max(1, total // 200)
         collective = self.world > 1
-        bar = self._bar(total, start, name)
+        bar = progress_bar(self.path, name, start, total) if self.progress and not self.rank else None
         with Signals(stop):
             for step in range(start, total):
                 self.step = step
@@ -359,25 +360,16 @@ class Run:
         """Wall-clock seconds of this run so far, those of earlier, interrupted processes included."""
         return self._clock.seconds()
 
-    def _bar(self, total: int, start: int, name: str) -> Any:
-        if not self.progress or self.rank or start >= total:
-            return None
-        from tqdm import tqdm
-
-        label = self.path.partition("/")[2] or self.path
-        return tqdm(total=total, initial=start, desc=label if name == "train" else f"{label}:{name}", leave=False, disable=None)
-
     def row(self, name: str, **metrics: float) -> None:
         """A line of the final table: teacher, student alone, student."""
         self.rows.append({"name": name, **metrics})
 
     def image(self, name: str, images: torch.Tensor, columns: int = 8) -> None:
         """A grid of images (N, C, H, W) in [0, 1] as samples/NAME.png."""
-        if not self.plots or self.rank:
-            return
-        from stillroom.report import png
+        if self.plots and not self.rank:
+            from stillroom.report import png
 
-        self._sample(f"{name}.png", png(images, columns))
+            self._sample(f"{name}.png", png(images, columns))
 
     def figure(self, name: str, draw: Callable[[Any], None]) -> None:
         """`draw(axes)` on matplotlib axes, kept as samples/NAME.svg in colours that follow the page's light or dark theme."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stillroom.cli import main
 
@@ -32,6 +33,7 @@ class Child:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        torch.set_num_threads(1)  # the parent's threads do not exist here
         code = 99
         try:
             code = function(*args) or 0

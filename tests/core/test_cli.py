@@ -215,6 +215,7 @@ def test_another_config_in_an_existing_folder_is_refused_and_overwrite_starts_ag
     message = refused(capsys, *words, "--temperature", "2")
     assert "r holds a run with another config (temperature: 4.0 there, 2.0 now)" in message
     assert "seed: 0 there, 1 now" in refused(capsys, *words, "--seed", "1")
+    assert "precision: fp32 there, bf16 now" in refused(capsys, *words, "--precision", "bf16")
     assert "holds a run of kd, not ps-kd" in refused(capsys, "run", "ps-kd", "--out", "r")
     message = refused(capsys, *words, "--arm", "plain", "--kd-weight", "0", "--ce-weight", "1")
     assert "arm: kd there, plain now" in message

@@ -13,9 +13,9 @@ from stillroom import catalogue
 from stillroom.cli import main
 from tests.core.conftest import python, refused
 
-RECIPE = '''"""Hello: greets a number (nobody 2026).
+RECIPE = '''"""Hello: greets a [number] (nobody 2026).
 
-A recipe of another package.
+A recipe of another package; E[x] and [bold] and [/b] are no markup.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def full():
 
 
 ARMS = {"plain": {"scale": 1.0}, "hello": {}}
-CLAIMS = [Claim("greeting helps", metric="value", arm="hello", versus="plain")]
+CLAIMS = [Claim("greeting [helps]", metric="value", arm="hello", versus="plain")]
 
 
 def main(cfg, run):
@@ -75,15 +75,19 @@ def installed(tmp_path: Path, monkeypatch):
 def test_a_package_adds_its_recipe_by_an_entry_point(installed, work: Path, capsys) -> None:
     installed("[stillroom.recipes]\nhello = stillroom_hello.hello\n")
     assert main(["list"]) == 0
-    assert "Hello: greets a number (nobody 2026)." in capsys.readouterr().out
+    assert "Hello: greets a [number]" in capsys.readouterr().out
     assert "stillroom_hello" not in sys.modules or "stillroom_hello.hello" not in sys.modules
     assert main(["show", "hello"]) == 0
-    assert "--scale 2.0 paper: 3.0" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--scale 2.0 paper: 3.0" in shown
+    assert "A recipe of another package; E[x] and [bold] and [/b] are no markup." in shown
+    assert "greeting [helps]" in shown
     assert main(["run", "hello", "--scale", "5", "--out", "r", "--quiet"]) == 0
     assert json.loads((work / "r" / "result.json").read_text())["metrics"] == {"value": 5.0}
     assert json.loads((work / "r" / "baseline" / "result.json").read_text())["metrics"] == {"value": 1.0}
     assert "--scale 0.0 is out of range" in refused(capsys, "run", "hello", "--scale", "0")
     assert main(["verify", "hello", "--seeds", "3", "--jobs", "1", "--ledger", "ledger"]) == 0
+    assert "greeting [helps]" in capsys.readouterr().out
     entry = json.loads((work / "ledger" / "hello.json").read_text())
     assert entry["claims"][0]["difference"] == 2.0
 

@@ -86,7 +86,20 @@ def fetches(page: Page) -> list[str]:
     return found + [s for s in styles if "@import" in s or re.search(r"url\((?!#)", s)]
 
 
-FLAGS = ("--temperature", "2.5", "--seed", "3", "--optimizer.nesterov", "--optimizer.drops", "0.25", "0.5", "--pool", "labelled")
+FLAGS = (
+    "--temperature",
+    "2.5",
+    "--seed",
+    "3",
+    "--optimizer.nesterov",
+    "--optimizer.drops",
+    "0.25",
+    "0.5",
+    "--pool",
+    "labelled",
+    "--precision",
+    "bf16",
+)
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +151,21 @@ def test_config_values_that_differ_are_marked_and_only_those(runs: Path) -> None
     assert set(marked) == {"steps", "teacher_steps", "temperature", "pool", "optimizer.nesterov", "optimizer.drops"}
 
 
-def parsed(words: list[str], monkeypatch) -> tuple[str, dict, int, str]:
-    """Recipe, config as run, seed and arm of a `stillroom run` command line, by the command's own parser."""
+def parsed(words: list[str], monkeypatch) -> tuple[str, dict, int, str, str]:
+    """Recipe, config as run, seed, arm and precision of a `stillroom run` command line, by the command's own parser."""
     got: list[tuple] = []
     monkeypatch.setattr(cli, "execute_run", lambda *given: got.append(given))
     assert words[:2] == ["stillroom", "run"]
     assert main(words[1:]) == 0
     ((name, recipe, options, config),) = got
     arm = options.arm or cli._method(recipe)[0]
-    return name, json.loads(json.dumps(flatten(catalogue.config_of(recipe, arm, config)), default=str)), options.seed, arm
+    return (
+        name,
+        json.loads(json.dumps(flatten(catalogue.config_of(recipe, arm, config)), default=str)),
+        options.seed,
+        arm,
+        options.precision,
+    )
 
 
 @pytest.mark.parametrize("name", ["r", "changed", "changed/baseline"])
@@ -155,7 +174,7 @@ def test_the_command_on_the_page_parses_back_to_the_same_run(name: str, runs: Pa
     command = report.command(result)
     if name != "changed/baseline":
         assert command in Page(runs / name / "report.html").blocks
-    assert parsed(shlex.split(command), monkeypatch) == ("kd", result["config"], result["seed"], result["arm"])
+    assert parsed(shlex.split(command), monkeypatch) == ("kd", *(result[k] for k in ("config", "seed", "arm", "precision")))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +192,7 @@ def test_the_command_on_the_page_parses_back_to_the_same_run(name: str, runs: Pa
 def test_commands_survive_odd_values(changes: dict, monkeypatch) -> None:
     recipe = catalogue.load("kd")
     config = catalogue.configs.override(recipe.Config(), changes)
-    given = {"recipe": "kd", "arm": "kd", "seed": 0, "config": json.loads(json.dumps(flatten(config)))}
+    given = {"recipe": "kd", "arm": "kd", "seed": 0, "precision": "fp32", "config": json.loads(json.dumps(flatten(config)))}
     assert parsed(shlex.split(report.command(given)), monkeypatch)[1] == given["config"]
 
 
@@ -182,8 +201,8 @@ def test_every_recipes_full_config_and_arms_can_be_given_as_flags(name: str, mon
     recipe = catalogue.load(name)
     for arm in recipe.ARMS:
         config = catalogue.config_of(recipe, arm, recipe.full())
-        given = {"recipe": name, "arm": arm, "seed": 1, "config": json.loads(json.dumps(flatten(config), default=str))}
-        assert parsed(shlex.split(report.command(given)), monkeypatch) == (name, given["config"], 1, arm)
+        given = {"recipe": name, "arm": arm, "seed": 1, "precision": "bf16", "config": json.loads(json.dumps(flatten(config), default=str))}
+        assert parsed(shlex.split(report.command(given)), monkeypatch) == (name, given["config"], 1, arm, "bf16")
 
 
 def test_compare_puts_runs_side_by_side(runs: Path, capsys) -> None:

@@ -39,6 +39,7 @@ def test_killed_process_resumes_bitwise(shape: str, tmp_path: Path, child) -> No
     for _ in range(2):
         killed = child(finish, shape, folder, 25, None, 0.05)
         while "started" not in killed.out:
+            assert killed.process.is_alive()
             time.sleep(0.01)
         time.sleep(chance.uniform(0.05, 0.4))
         killed.process.kill()

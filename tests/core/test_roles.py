@@ -159,6 +159,17 @@ def test_a_stages_network_does_not_learn_in_the_parents_updates(run: Run) -> Non
     assert v.item() == 1.0
 
 
+def test_a_network_that_learns_cannot_be_frozen_too(run: Run) -> None:
+    """eval() and requires_grad_(False) on a teacher that shares modules with the student would silently stop the student."""
+    body = nn.Linear(2, 2)
+    student, _ = run.trainable("student", nn.Sequential(body, nn.BatchNorm1d(2)), SGD)
+    with pytest.raises(ValueError, match="shares parameters with the trainable role 'student'"):
+        run.frozen(nn.Sequential(body, nn.Linear(2, 3)))
+    assert student.training
+    assert all(p.requires_grad for p in student.parameters())
+    run.frozen(nn.Linear(2, 2))
+
+
 def test_wrong_names_and_foreign_optimizers_are_refused(run: Run) -> None:
     weight, _ = bare(run, [1.0])
     with pytest.raises(ValueError, match="already has something called 'w'"):
