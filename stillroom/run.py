@@ -386,6 +386,11 @@ class Run:
 
             self._sample(f"{name}.svg", svg(draw))
 
+    def html(self, name: str, fragment: str) -> None:
+        """A self-contained HTML fragment (it may hold SVG, style and script) across the report's whole width, as samples/NAME.html."""
+        if self.plots and not self.rank:
+            self._sample(f"{name}.html", fragment)
+
     def _sample(self, name: str, content: Any) -> None:
         (self.folder / "samples").mkdir(exist_ok=True)
         write_atomic(self.folder / "samples" / name, content)
