@@ -174,22 +174,6 @@ def take(cond: Any, index: Any) -> Any:
     return None if cond is None else cond[index]
 
 
-class Through(nn.Module):
-    """The same module with its parameters detached: gradients reach the input and never the parameters.
-
-    SiD and adversarial generator steps look through networks that belong to the other player; this routes their gradient without
-    touching `requires_grad`, and saves computing the weight gradients that would be thrown away.
-    """
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.__dict__["module"] = module  # not registered: the other player owns the parameters
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        module: nn.Module = self.__dict__["module"]
-        return torch.func.functional_call(module, {k: v.detach() for k, v in module.named_parameters()}, args, kwargs)
-
-
 @contextmanager
 def tapped(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collects the outputs of `module` during the block: features of a denoiser for an adversarial head."""

@@ -1,0 +1,210 @@
+"""What a few-step recipe is run on, by name: an exact teacher with its yardsticks, or a diffusers pipeline.
+
+    setting = load("ring")                          # 2-D, exact
+    setting = load("diffusers:FOLDER", prompts)     # a pipeline on disk
+
+Recipes are the same code for all of them: a frozen teacher `(x, t, cond, process) -> Prediction`, a shape, conditions to draw, a network
+to start students from, and a way to judge and to show samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.diffusion.denoiser import Denoiser, Guided, repeat
+from stillroom.diffusion.exact import Mixture, grid, ring
+from stillroom.diffusion.objectives import denoise
+from stillroom.diffusion.processes import Flow, Process
+from stillroom.diffusion.sampling import sample
+from stillroom.errors import UserError
+from stillroom.metrics.generation import coverage, energy_distance, frechet, mmd, modes
+from stillroom.nets.denoisers import PointNet, UNet
+from stillroom.optim import Optimizer
+from stillroom.run import Run
+
+
+@dataclass
+class Setting:
+    """A teacher and everything that goes with it."""
+
+    name: str
+    teacher: nn.Module
+    process: Process
+    shape: tuple[int, ...]
+    student: Callable[[Run], Denoiser]
+    """A trainable network that starts where the teacher is."""
+    small: Callable[[int], Denoiser]
+    """A fresh network of the given width."""
+    evaluate: Callable[[Run, Tensor, Tensor], dict[str, float]]
+    """(run, samples, reference samples) -> metrics."""
+    show: Callable[[Run, str, Mapping[str, Tensor]], None]
+    """Put named samples into the report."""
+    truth: Callable[[int], Tensor] | None = None
+    """Real data, where there are any."""
+    condition: Callable[[int], Any] = lambda n: None
+    """Conditions for n samples, drawn from torch's generator."""
+    null: Any = None
+    pipeline: Any = None
+    """The diffusers pipeline behind the teacher, for saving students."""
+
+    def guided(self, weight: float) -> nn.Module:
+        """The teacher under classifier-free guidance; 1 is the plain teacher. UserError where there is nothing to guide by."""
+        if weight == 1:
+            return self.teacher
+        if self.null is None:
+            raise UserError(f"--guidance {weight:g}: the teacher {self.name} takes no conditions, so there is nothing to guide; use 1.")
+        return Guided(self.teacher, weight, self.null)
+
+    def noise(self, n: int, device: torch.device | None = None) -> Tensor:
+        return torch.randn(n, *self.shape, device=device)
+
+    def reference(self, n: int, guidance: float, steps: int, device: torch.device | None = None) -> tuple[Tensor, Any]:
+        """n samples to compare with, and their conditions: real data if there are any, else the teacher's own at `steps` steps."""
+        cond = self.condition(n)
+        if self.truth is not None:
+            return self.truth(n), cond
+        start = self.process.mix(torch.zeros(n, *self.shape, device=device), self.noise(n, device), self.process.noisy)
+        return sample(self.guided(guidance), start, self.process.grid(steps), cond, process=self.process), cond
+
+
+# -- exact teachers ----------------------------------------------------------------------------------------------------------------
+def pretrained(run: Run, name: str, net: Denoiser, teacher: Mixture, steps: int = 1500, batch: int = 256) -> Denoiser:
+    """`net` trained on the mixture's own data by flow matching: what "initialised from the teacher" means for an exact teacher."""
+    optimizer = Optimizer(lr=2e-3, schedule="cosine")
+    process = net.process
+    with run.stage(f"init-{name}", shared=(pretrained, net, teacher, optimizer, steps, batch)) as stage:
+        net, adam = stage.trainable("net", net, optimizer)
+        for _ in stage.steps(steps):
+            x0 = stage.shard(teacher.sample(batch))
+            eps, t = torch.randn_like(x0), process.uniform(len(x0), device=x0.device)
+            stage.update(adam, denoise(net(process.mix(x0, eps, t), t), x0, eps, t, process, "velocity"))
+        return stage.unwrap(net)
+
+
+def points(name: str, teacher: Mixture) -> Setting:
+    """A 2-D mixture."""
+    flow = Flow()
+    small = lambda width: Denoiser(PointNet(2, width, 3), flow, "velocity")
+
+    def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
+        return {"mmd": mmd(x, reference), "energy": energy_distance(x, reference)} | modes(x, teacher.centres, 4 * teacher.std)
+
+    def show(run: Run, name: str, sets: Mapping[str, Tensor]) -> None:
+        def draw(axes: Any) -> None:
+            for label, x in sets.items():
+                axes.scatter(*x[:600].detach().cpu().T, s=3, alpha=0.5, label=label, rasterized=False)
+            axes.set_aspect("equal")
+            axes.legend(markerscale=3, loc="upper right")
+
+        run.figure(name, draw)
+
+    def student(run: Run) -> Denoiser:
+        return pretrained(run, name, small(64), teacher)
+
+    return Setting(name, teacher, flow, (2,), student, small, evaluate, show, truth=teacher.sample)
+
+
+def digit_mixture(mirrored: bool = True, std: float = 0.25, count: int = 400) -> Mixture:
+    """8x8 digits in [-1, 1] blurred by a Gaussian: an exact teacher of images; mirrored, it commutes exactly with a left-right flip."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images[:count], dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(digits.target[:count])
+    if mirrored:
+        images, labels = torch.cat([images, images.flip(-1)]), torch.cat([labels, labels])
+    return Mixture(images, std, labels=labels)
+
+
+def classifier() -> nn.Sequential:
+    """Ten (mirrored) digits; the layer before the last gives 32 features."""
+    conv = lambda a, b: [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*conv(1, 16), *conv(16, 32), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def digit_features(run: Run, teacher: Mixture) -> nn.Module:
+    """Features of a classifier trained on the mixture's data, kept in the store, for Frechet and neighbour statistics."""
+    net, optimizer = classifier(), Optimizer(lr=3e-3, schedule="cosine")
+    with run.stage("digit-classifier", shared=(digit_features, teacher, optimizer)) as stage:
+        net, adam = stage.trainable("net", net, optimizer)
+        for _ in stage.steps(300):
+            label = torch.randint(10, (128,))
+            stage.update(adam, nn.functional.cross_entropy(net(teacher.sample(128, label)), label, reduction="none"))
+        return stage.frozen(copy.deepcopy(stage.unwrap(net))[:-1])
+
+
+def digits(name: str, teacher: Mixture) -> Setting:
+    flow = Flow()
+    small = lambda width: Denoiser(UNet(1, width), flow, "velocity")
+
+    @torch.no_grad()
+    def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
+        features = digit_features(run, teacher)
+        ours, theirs = features(x), features(reference)
+        return {"frechet": frechet(ours, theirs)} | coverage(theirs[:1000], ours[:1000])
+
+    def show(run: Run, name: str, sets: Mapping[str, Tensor]) -> None:
+        for label, x in sets.items():
+            run.image(f"{name} {label}", (x[:32] + 1) / 2, columns=16)
+
+    def student(run: Run) -> Denoiser:
+        return pretrained(run, name, small(16), teacher, batch=64)
+
+    return Setting(name, teacher, flow, (1, 8, 8), student, small, evaluate, show, truth=teacher.sample)
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------------------
+def load(name: str, prompts: str = "") -> Setting:
+    """The setting called `name`. UserError for an unknown name, and what `pipelines.load` raises for a diffusers folder."""
+    match name:
+        case "ring":
+            return points(name, ring())
+        case "grid":
+            return points(name, grid())
+        case "digits":
+            return digits(name, digit_mixture())
+    if name.startswith("diffusers:"):
+        return pipeline(name.removeprefix("diffusers:"), prompts)
+    raise UserError(f"--teacher {name!r} is none of ring, grid, digits, diffusers:FOLDER-OR-ID.", code=2)
+
+
+def pipeline(where: str, prompts: str) -> Setting:
+    """A diffusers pipeline; students start as copies of its network and work in its latent space."""
+    from stillroom.diffusion import pipelines
+
+    pipe = pipelines.load(where)
+    lines = pipelines.read_prompts(prompts) if pipe.encoders else [""]
+    encoded = pipe.encode(lines)
+
+    def condition(n: int) -> Any:
+        from stillroom.diffusion.denoiser import take
+
+        return take(encoded, torch.randint(len(lines), (n,)))
+
+    def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
+        return {"energy": energy_distance(x, reference)}
+
+    def show(run: Run, name: str, sets: Mapping[str, Tensor]) -> None:
+        for label, x in sets.items():
+            run.image(f"{name} {label}", pipe.decode(x[:8]), columns=8)
+
+    return Setting(
+        Path(where).name,
+        pipe.denoiser,
+        pipe.denoiser.process,
+        pipe.shape,
+        lambda run: copy.deepcopy(pipe.denoiser).requires_grad_(True),
+        pipe.smaller,
+        evaluate,
+        show,
+        condition=condition,
+        null=repeat(pipe.null, 1),
+        pipeline=pipe,
+    )
