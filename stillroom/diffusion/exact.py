@@ -24,6 +24,9 @@ class Gaussian(nn.Module):
         self.register_buffer("mean", mean)
         self.std, self.process = std, process or Flow()
 
+    def extra_repr(self) -> str:
+        return f"std={self.std}, process={self.process}"  # the store tells teachers apart by this and their buffers
+
     def forward(self, x: Tensor, t: Time, cond: Any = None, process: Process | None = None) -> Prediction:
         process = process or self.process
         a, s = process.alpha(as_time(t, x)), process.sigma(as_time(t, x))
@@ -68,6 +71,9 @@ class Mixture(nn.Module):
         self.register_buffer("log_weights", (weights / weights.sum()).log().to(centres))
         self.register_buffer("labels", torch.zeros(len(centres), dtype=torch.long) if labels is None else labels)
         self.std, self.process = std, process or Flow()
+
+    def extra_repr(self) -> str:
+        return f"std={self.std}, process={self.process}"  # the store tells teachers apart by this and their buffers
 
     def posterior(self, x: Tensor, t: Time, cond: Tensor | None = None, process: Process | None = None) -> Tensor:
         """[B, K] probability of each component given x_t."""

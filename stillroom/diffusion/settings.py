@@ -75,12 +75,12 @@ class Setting:
 
 
 # -- exact teachers ----------------------------------------------------------------------------------------------------------------
-def pretrained(run: Run, name: str, net: Denoiser, teacher: Mixture, steps: int = 1500, batch: int = 256) -> Denoiser:
-    """`net` trained on the mixture's own data by flow matching: what "initialised from the teacher" means for an exact teacher."""
-    optimizer = Optimizer(lr=2e-3, schedule="cosine")
-    process = net.process
-    with run.stage(f"init-{name}", shared=(pretrained, net, teacher, optimizer, steps, batch)) as stage:
-        net, adam = stage.trainable("net", net, optimizer)
+def pretrained(run: Run, name: str, small: Callable[[int], Denoiser], width: int, teacher: Mixture, batch: int = 256) -> Denoiser:
+    """A network trained on the mixture's own data by flow matching: what "initialised from the teacher" means for an exact teacher."""
+    optimizer, steps = Optimizer(lr=2e-3, schedule="cosine"), 1500
+    with run.stage(f"init-{name}", shared=(pretrained, name, width, teacher, optimizer, steps, batch)) as stage:
+        net, adam = stage.trainable("net", small(width), optimizer)
+        process = teacher.process
         for _ in stage.steps(steps):
             x0 = stage.shard(teacher.sample(batch))
             eps, t = torch.randn_like(x0), process.uniform(len(x0), device=x0.device)
@@ -106,7 +106,7 @@ def points(name: str, teacher: Mixture) -> Setting:
         run.figure(name, draw)
 
     def student(run: Run) -> Denoiser:
-        return pretrained(run, name, small(64), teacher)
+        return pretrained(run, name, small, 64, teacher)
 
     return Setting(name, teacher, flow, (2,), student, small, evaluate, show, truth=teacher.sample)
 
@@ -131,9 +131,9 @@ def classifier() -> nn.Sequential:
 
 def digit_features(run: Run, teacher: Mixture) -> nn.Module:
     """Features of a classifier trained on the mixture's data, kept in the store, for Frechet and neighbour statistics."""
-    net, optimizer = classifier(), Optimizer(lr=3e-3, schedule="cosine")
+    optimizer = Optimizer(lr=3e-3, schedule="cosine")
     with run.stage("digit-classifier", shared=(digit_features, teacher, optimizer)) as stage:
-        net, adam = stage.trainable("net", net, optimizer)
+        net, adam = stage.trainable("net", classifier(), optimizer)
         for _ in stage.steps(300):
             label = torch.randint(10, (128,))
             stage.update(adam, nn.functional.cross_entropy(net(teacher.sample(128, label)), label, reduction="none"))
@@ -155,7 +155,7 @@ def digits(name: str, teacher: Mixture) -> Setting:
             run.image(f"{name} {label}", (x[:32] + 1) / 2, columns=16)
 
     def student(run: Run) -> Denoiser:
-        return pretrained(run, name, small(16), teacher, batch=64)
+        return pretrained(run, name, small, 16, teacher, batch=64)
 
     return Setting(name, teacher, flow, (1, 8, 8), student, small, evaluate, show, truth=teacher.sample)
 

@@ -39,7 +39,7 @@ def sid(x: Tensor, fake: Tensor, real: Tensor, alpha: float = 1.0) -> Tensor:
     """[B] score identity distillation: sum of (D_r - D_f)((D_r - x) - alpha (D_r - D_f)) / sg(mean|x - D_r|, at least 1e-5).
 
     Gradient must flow through both predictions into their input y and through x, never into the predictors' parameters: call the
-    predictors through `Through` with autograd on. Under no_grad this silently becomes another, wrong method, so it raises ValueError.
+    predictors with autograd on and step the generator alone. Without their graph it is another, wrong method, so that raises ValueError.
     """
     if torch.is_grad_enabled() and x.requires_grad and not (fake.requires_grad and real.requires_grad):
         raise ValueError("SiD needs the gradient through D_fake and D_real into their noised input; they were computed without it")
