@@ -81,6 +81,10 @@ class Process:
         """alpha_t x0 + sigma_t eps: noising, and with a predicted pair the deterministic (DDIM) jump to time t."""
         return along(self.alpha(t), x0) * x0 + along(self.sigma(t), x0) * eps
 
+    def start(self, z: Tensor) -> Tensor:
+        """Unit noise z as the state at the noise end."""
+        return along(self.sigma(self.noisy), z) * z
+
     def kernel(self, s: Time, t: Time) -> tuple[Tensor, Tensor]:
         """(alpha_{t|s}, sigma_{t|s}) of x_t | x_s ~ N(alpha_{t|s} x_s, sigma_{t|s}^2 I), t noisier than s."""
         ratio = self.alpha(t) / self.alpha(s).clamp_min(TINY)
@@ -198,6 +202,12 @@ class VP(Process):
     def sigma(self, t: Time) -> Tensor:
         rho = self.rho(t)
         return rho * (1 + rho**2).rsqrt()
+
+    def start(self, z: Tensor) -> Tensor:
+        return z  # as diffusers and few-step students do: the little signal left at the last step counts as noise
+
+    def grid(self, steps: int, shift: float = 1.0) -> list[float]:
+        return [float(round(t)) for t in super().grid(steps, shift)]  # the steps that the network was trained on
 
     def rates(self, t: Time) -> tuple[Tensor, Tensor]:
         raise TypeError("a discrete VP process has no velocity in its own time; ask for eps, x0, v or score, or use another process")

@@ -150,12 +150,11 @@ def pairs(
     step: Step = heun,
     batch: int = 512,
 ) -> dict[str, Tensor]:
-    """A bank {"z", "x"} of unit noise and where the teacher's ODE carries it, both [N, ...]; the start is sigma_{times[0]} z."""
+    """A bank {"z", "x"} of unit noise and where the teacher's ODE carries it from the noise end times[0], both [N, ...]."""
     process = process or denoiser.process  # type: ignore[assignment]
     assert process is not None
     ends = []
     for at in range(0, len(noise), batch):
         z = noise[at : at + batch]
-        start = process.mix(torch.zeros_like(z), z, times[0])
-        ends.append(sample(denoiser, start, times, take(cond, slice(at, at + batch)), process=process, step=step))
+        ends.append(sample(denoiser, process.start(z), times, take(cond, slice(at, at + batch)), process=process, step=step))
     return {"z": noise, "x": torch.cat(ends)}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Denoiser, Guided, repeat
+from stillroom.diffusion.denoiser import Denoiser, Guided, take
 from stillroom.diffusion.exact import Mixture, grid, ring
 from stillroom.diffusion.objectives import denoise
 from stillroom.diffusion.processes import Flow, Process
@@ -41,7 +41,7 @@ class Setting:
     student: Callable[[Run], Denoiser]
     """A trainable network that starts where the teacher is."""
     small: Callable[[int], Denoiser]
-    """A fresh network of the given width."""
+    """A fresh network, smaller than the student by the given factor."""
     evaluate: Callable[[Run, Tensor, Tensor], dict[str, float]]
     """(run, samples, reference samples) -> metrics."""
     show: Callable[[Run, str, Mapping[str, Tensor]], None]
@@ -67,19 +67,26 @@ class Setting:
 
     def reference(self, n: int, guidance: float, steps: int, device: torch.device | None = None) -> tuple[Tensor, Any]:
         """n samples to compare with, and their conditions: real data if there are any, else the teacher's own at `steps` steps."""
-        cond = self.condition(n)
+        cond = placed(self.condition(n), device)
         if self.truth is not None:
             return self.truth(n), cond
-        start = self.process.mix(torch.zeros(n, *self.shape, device=device), self.noise(n, device), self.process.noisy)
+        start = self.process.start(self.noise(n, device))
         return sample(self.guided(guidance), start, self.process.grid(steps), cond, process=self.process), cond
 
 
+def placed(cond: Any, device: torch.device | None) -> Any:
+    """A condition on a device."""
+    if isinstance(cond, dict):
+        return {name: placed(value, device) for name, value in cond.items()}
+    return None if cond is None else cond.to(device)
+
+
 # -- exact teachers ----------------------------------------------------------------------------------------------------------------
-def pretrained(run: Run, name: str, small: Callable[[int], Denoiser], width: int, teacher: Mixture, batch: int = 256) -> Denoiser:
+def pretrained(run: Run, name: str, small: Callable[[int], Denoiser], teacher: Mixture, batch: int = 256) -> Denoiser:
     """A network trained on the mixture's own data by flow matching: what "initialised from the teacher" means for an exact teacher."""
     optimizer, steps = Optimizer(lr=2e-3, schedule="cosine"), 1500
-    with run.stage(f"init-{name}", shared=(pretrained, name, width, teacher, optimizer, steps, batch)) as stage:
-        net, adam = stage.trainable("net", small(width), optimizer)
+    with run.stage(f"init-{name}", shared=(pretrained, name, teacher, optimizer, steps, batch)) as stage:
+        net, adam = stage.trainable("net", small(1), optimizer)
         process = teacher.process
         for _ in stage.steps(steps):
             x0 = stage.shard(teacher.sample(batch))
@@ -91,7 +98,7 @@ def pretrained(run: Run, name: str, small: Callable[[int], Denoiser], width: int
 def points(name: str, teacher: Mixture) -> Setting:
     """A 2-D mixture."""
     flow = Flow()
-    small = lambda width: Denoiser(PointNet(2, width, 3), flow, "velocity")
+    small = lambda factor: Denoiser(PointNet(2, 64 // factor, 3), flow, "velocity")
 
     def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
         return {"mmd": mmd(x, reference), "energy": energy_distance(x, reference)} | modes(x, teacher.centres, 4 * teacher.std)
@@ -106,7 +113,7 @@ def points(name: str, teacher: Mixture) -> Setting:
         run.figure(name, draw)
 
     def student(run: Run) -> Denoiser:
-        return pretrained(run, name, small, 64, teacher)
+        return pretrained(run, name, small, teacher)
 
     return Setting(name, teacher, flow, (2,), student, small, evaluate, show, truth=teacher.sample)
 
@@ -142,7 +149,7 @@ def digit_features(run: Run, teacher: Mixture) -> nn.Module:
 
 def digits(name: str, teacher: Mixture) -> Setting:
     flow = Flow()
-    small = lambda width: Denoiser(UNet(1, width), flow, "velocity")
+    small = lambda factor: Denoiser(UNet(1, 16 // factor), flow, "velocity")
 
     @torch.no_grad()
     def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
@@ -155,13 +162,13 @@ def digits(name: str, teacher: Mixture) -> Setting:
             run.image(f"{name} {label}", (x[:32] + 1) / 2, columns=16)
 
     def student(run: Run) -> Denoiser:
-        return pretrained(run, name, small, 16, teacher, batch=64)
+        return pretrained(run, name, small, teacher, batch=64)
 
     return Setting(name, teacher, flow, (1, 8, 8), student, small, evaluate, show, truth=teacher.sample)
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------------------
-def load(name: str, prompts: str = "") -> Setting:
+def load(name: str, prompts: str = "", size: int = 0) -> Setting:
     """The setting called `name`. UserError for an unknown name, and what `pipelines.load` raises for a diffusers folder."""
     match name:
         case "ring":
@@ -171,21 +178,19 @@ def load(name: str, prompts: str = "") -> Setting:
         case "digits":
             return digits(name, digit_mixture())
     if name.startswith("diffusers:"):
-        return pipeline(name.removeprefix("diffusers:"), prompts)
+        return pipeline(name.removeprefix("diffusers:"), prompts, size)
     raise UserError(f"--teacher {name!r} is none of ring, grid, digits, diffusers:FOLDER-OR-ID.", code=2)
 
 
-def pipeline(where: str, prompts: str) -> Setting:
+def pipeline(where: str, prompts: str, size: int) -> Setting:
     """A diffusers pipeline; students start as copies of its network and work in its latent space."""
     from stillroom.diffusion import pipelines
 
-    pipe = pipelines.load(where)
+    pipe = pipelines.load(where, size)
     lines = pipelines.read_prompts(prompts) if pipe.encoders else [""]
     encoded = pipe.encode(lines)
 
     def condition(n: int) -> Any:
-        from stillroom.diffusion.denoiser import take
-
         return take(encoded, torch.randint(len(lines), (n,)))
 
     def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
@@ -200,11 +205,11 @@ def pipeline(where: str, prompts: str) -> Setting:
         pipe.denoiser,
         pipe.denoiser.process,
         pipe.shape,
-        lambda run: copy.deepcopy(pipe.denoiser).requires_grad_(True),
+        lambda run: pipe.student(),
         pipe.smaller,
         evaluate,
         show,
         condition=condition,
-        null=repeat(pipe.null, 1),
+        null=pipe.null,
         pipeline=pipe,
     )

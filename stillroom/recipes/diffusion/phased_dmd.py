@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stillroom.claims import Claim
@@ -53,6 +55,8 @@ class Config:
     """ring, grid, digits (exact, nothing to train), or diffusers:FOLDER-OR-ID."""
     prompts: str = ""
     """Text file with one prompt per line (diffusers only)."""
+    size: Natural = 0
+    """Image size in pixels (diffusers only); 0 is the pipeline's own."""
     steps: Count = 2
     """Sampling steps of the student."""
     phases: Count = 2
@@ -78,6 +82,7 @@ class Config:
     fake: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3, momentum=0.0, schedule="cosine"))
     lora_rank: Natural = 0
     """Rank of each expert's LoRA on a diffusers network; 0 trains all weights."""
+    lora_alpha: Count = 8
     toy_steps: Natural = 1000
     """Training steps of the 1-D check of the subinterval target; 0 skips it."""
     evaluate: Count = 2000
@@ -166,7 +171,7 @@ def train_phase(cfg: Config, run: Run, setting: Setting, experts: list[nn.Module
     mine = [
         i for i, t in enumerate(grid[:-1]) if (k == 0 or process.rho(t) <= process.rho(ends[k - 1])) and process.rho(t) > process.rho(end)
     ]
-    net = setting.pipeline.lora(start, cfg.lora_rank) if setting.pipeline and cfg.lora_rank else copy.deepcopy(start)
+    net = setting.pipeline.lora(cfg.lora_rank, cfg.lora_alpha) if setting.pipeline and cfg.lora_rank else copy.deepcopy(start)
     expert, expert_adam = run.trainable("expert", net, cfg.generator)
     fake, fake_adam = run.trainable("fake", copy.deepcopy(start), cfg.fake)
     teacher = run.frozen(setting.guided(cfg.guidance))
@@ -185,7 +190,7 @@ def train_phase(cfg: Config, run: Run, setting: Setting, experts: list[nn.Module
 
     def generate(differentiable: bool) -> tuple[Tensor, object]:
         z, cond = run.shard((setting.noise(cfg.batch), setting.condition(cfg.batch)))
-        z = z * float(process.sigma(process.noisy))
+        z = process.start(z)
         at = int(torch.randint(len(mine), ()))
         with torch.set_grad_enabled(differentiable):
             if mine[0]:
@@ -202,8 +207,21 @@ def train_phase(cfg: Config, run: Run, setting: Setting, experts: list[nn.Module
             y = process.renoise(x, end, t, torch.randn_like(x))
             real, said = teacher(y, t, cond, process).x0, fake(y, t, cond, process).x0
         run.update(expert_adam, vsd(x, said, real, dmd_weight(x, real)))
-        run.log(score_gap=(said - real).abs().mean())
+        gap = (said - real).abs().mean()
+        run.finite.check("scores", gap, {"score gap": gap})
+        run.log(score_gap=gap)
     return run.frozen(run.unwrap(expert))
+
+
+def save(folder: Path, setting: Setting, experts: list[nn.Module], grid: list[float]) -> None:
+    """One folder per phase (the student itself if there is one): for plain diffusers, or tensors of an embedded teacher's student."""
+    for k, expert in enumerate(experts):
+        place = folder / f"phase{k + 1}" if len(experts) > 1 else folder
+        place.mkdir(exist_ok=True)
+        if setting.pipeline:
+            setting.pipeline.save(place, expert, grid, fresh_noise=False)
+        else:
+            save_file(expert.state_dict(), place / "model.safetensors")
 
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
@@ -211,7 +229,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     if cfg.phases > cfg.steps:
         raise UserError(f"--phases {cfg.phases} needs at least as many --steps, not {cfg.steps}.", code=2)
     metrics = toy(run, cfg.fake_target, cfg.toy_steps) if cfg.toy_steps else {}
-    setting = setting or settings.load(cfg.teacher, cfg.prompts)
+    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size)
     run.frozen(setting.teacher)
     process = setting.process
     grid = process.grid(cfg.steps, cfg.shift)
@@ -225,7 +243,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     student = Routed(experts, ends)
 
     real, cond = setting.reference(cfg.evaluate, cfg.guidance, 40, run.device)
-    z = setting.noise(cfg.evaluate, run.device) * float(process.sigma(process.noisy))
+    z = process.start(setting.noise(cfg.evaluate, run.device))
     x = sample(student, z, grid, cond, process=process)
     metrics |= setting.evaluate(run, x, real) | {"diversity": diversity(x)}
     if cfg.phases > 1 and setting.truth is not None:
@@ -237,10 +255,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     run.row("teacher network at as few steps", **setting.evaluate(run, plain, real))
     run.row("student", **metrics)
     setting.show(run, "samples", {"teacher": real, "few steps without distillation": plain, "student": x})
-    if setting.pipeline:
-        run.save_student(lambda folder: setting.pipeline.save(folder, experts, ends, grid))
-    else:
-        run.save_student(lambda folder: torch.save(student.state_dict(), folder / "student.pt"))
+    run.save_student(lambda folder: save(folder, setting, experts, grid))
     return metrics
 
 
