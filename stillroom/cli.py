@@ -10,10 +10,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional
 
 from stillroom import catalogue, claims
 from stillroom.config import Count, NonNegative
@@ -44,8 +44,8 @@ class RunOptions:
     """Arithmetic of the networks' forward passes."""
     accumulate: Count = 1
     """Chunks that each step's batch is split into, to save memory; the result is that of the whole batch."""
-    threads: int | None = None
-    """CPU threads; default: torch's."""
+    threads: Count = 1
+    """CPU threads. More than one slows small networks down; raise it for large ones."""
     deterministic: bool = False
     """Deterministic kernels on accelerators too (on CPU they are)."""
     save_seconds: NonNegative = 30.0
@@ -137,7 +137,8 @@ def run_recipe(name: str, args: list[str]) -> None:
     """`stillroom run NAME …`: the recipe's config fields and RunOptions are its flags."""
     recipe = catalogue.load(name)
     preset = recipe.full() if "--full" in args else recipe.Config()
-    fields: list[Any] = [("options", OmitArgPrefixes[RunOptions]), ("config", OmitArgPrefixes.__class_getitem__(recipe.Config))]
+    flat = tyro.conf.arg(name="")  # no prefix for these two levels; nested ones keep theirs (--optimizer.lr)
+    fields: list[Any] = [("options", Annotated[RunOptions, flat]), ("config", Annotated[recipe.Config, flat])]  # type: ignore
     kind: Any = dataclasses.make_dataclass("Flags", fields, namespace={"__doc__": recipe.__doc__})
     flags = tyro.cli(kind, args=args, default=kind(RunOptions(), preset), prog=f"stillroom run {name}")
     from stillroom.config import check
@@ -154,8 +155,7 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
     from stillroom.run import Interrupted, Run
     from stillroom.store import Store, fingerprint
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     if options.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from stillroom.data.images import ImageData, MemorySplit, keep_labels
+from stillroom.data.images import ImageData, MemorySplit, keep_labels, spoil_labels
 from stillroom.errors import UserError
 
 
@@ -27,13 +27,10 @@ def digits(seed: int = 0, labelled: int = 50, transfer: int = 900, noise: float 
             f"The digits set has {len(labels)} images: {labelled} labelled and {transfer} transfer images must leave some for testing "
             "and at least one for training."
         )
-    if not 0 <= noise <= 1:
-        raise UserError(f"The share of noisy labels must be between 0 and 1, not {noise:g}.")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     train, unlabelled = keep_labels(MemorySplit(pixels[order[:pool]], labels[order[:pool]]), labelled, generator)
-    noisy = torch.randperm(labelled, generator=generator)[: round(noise * labelled)]
-    train.labels[noisy] = torch.randint(10, (len(noisy),), generator=generator)
+    train = spoil_labels(train, noise, 10, generator)
     test = MemorySplit(pixels[order[pool:]], labels[order[pool:]])
     return ImageData.of("digits", train, test, tuple(str(digit) for digit in range(10)), unlabelled)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from stillroom.errors import UserError
+from stillroom.store import fingerprint
 
 Device = torch.device | str
 
@@ -26,19 +28,6 @@ class Batch(NamedTuple):
 def unit(pixels: Tensor) -> Tensor:
     """Pixels as float32 in [0, 1]: uint8 is divided by 255, floats are taken as they are."""
     return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.float()
-
-
-def digest(*parts: object) -> str:
-    """Hex digest of tensors (dtype, shape and bytes) and of the repr of anything else."""
-    state = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, Tensor):
-            state.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            state.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:
-            state.update(repr(part).encode())
-        state.update(b"\0")
-    return state.hexdigest()
 
 
 class Split(Protocol):
@@ -89,7 +78,7 @@ class MemorySplit:
 
     def fingerprint(self) -> str:
         """Hash of the pixels and labels."""
-        self._fingerprint = self._fingerprint or digest(self.pixels, self.labels)
+        self._fingerprint = self._fingerprint or fingerprint(self.pixels, self.labels)
         return self._fingerprint
 
 
@@ -100,7 +89,7 @@ class LazySplit:
     The fingerprint of files is that of their names, sizes and times: hashing the content of a large set would read it all.
     """
 
-    def __init__(self, decode: Decoder, labels: Tensor, rows: Tensor | None = None, device: Device = "cpu"):
+    def __init__(self, decode: Decode, labels: Tensor, rows: Tensor | None = None, device: Device = "cpu"):
         self.decode, self.labels, self.device = decode, labels.long().to(device), torch.device(device)
         self.rows = torch.arange(len(labels)) if rows is None else rows
 
@@ -124,16 +113,19 @@ class LazySplit:
         return self.take(torch.arange(len(self))).images
 
     def fingerprint(self) -> str:
-        return digest(self.decode.fingerprint(), self.rows, self.labels)
+        return fingerprint(self.decode.fingerprint(), self.rows, self.labels)
 
 
-class Decoder(Protocol):
+class Decode(Protocol):
+    """A row number to (C, H, W) uint8 pixels."""
+
     def __call__(self, row: int) -> Tensor: ...
     def fingerprint(self) -> str: ...
 
 
-def statistics(split: Split, most: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, of at most `most` evenly spaced images."""
+def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, of at most 4096 evenly spaced images (256 where each must be decoded)."""
+    most = 4096 if isinstance(split, MemorySplit) else 256
     rows = torch.linspace(0, len(split) - 1, min(len(split), most)).long().unique()
     pixels = split.take(rows).images.double().transpose(0, 1).flatten(1)
     return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1, correction=0).clamp_min(1e-3).tolist())
@@ -169,7 +161,7 @@ class ImageData:
 
     def fingerprint(self) -> str:
         """Hash of the content of all splits and of the class names."""
-        return digest(self.classes, *(None if split is None else split.fingerprint() for split in (self.train, self.test, self.transfer)))
+        return fingerprint(self.classes, self.train, self.test, self.transfer)
 
 
 def balanced_rows(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -190,3 +182,23 @@ def keep_labels(train: Split, count: int, generator: torch.Generator) -> tuple[S
     others[chosen] = False
     rest = others.nonzero().squeeze(1)
     return train.subset(chosen), train.subset(rest, torch.full_like(rest, -1, device=train.device)) if len(rest) else None
+
+
+def spoil_labels(train: Split, share: float, classes: int, generator: torch.Generator) -> Split:
+    """A share of the labels (rounded to whole images) replaced by labels drawn uniformly from all classes, so that a replaced label may
+    be the true one. UserError unless 0 <= share <= 1."""
+    if not 0 <= share <= 1:
+        raise UserError(f"The share of noisy labels must be between 0 and 1, not {share:g}.")
+    labels = train.labels.clone()
+    noisy = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))].to(labels.device)
+    labels[noisy] = torch.randint(classes, (len(noisy),), generator=generator).to(labels.device)
+    return train.subset(torch.arange(len(labels)), labels)
+
+
+def join(first: Split, second: Split) -> Split:
+    """Both splits as one, the rows of the first before those of the second. Lazy ones must come from the same files."""
+    if isinstance(first, MemorySplit) and isinstance(second, MemorySplit):
+        return MemorySplit(torch.cat([first.pixels, second.pixels]), torch.cat([first.labels, second.labels]))
+    if isinstance(first, LazySplit) and isinstance(second, LazySplit) and first.decode == second.decode:
+        return LazySplit(first.decode, torch.cat([first.labels, second.labels]), torch.cat([first.rows, second.rows]), first.device)
+    raise TypeError("only splits in memory, or parts of the same files, can be joined")

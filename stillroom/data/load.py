@@ -15,8 +15,9 @@ from torch import Tensor
 
 from stillroom.data.decode import Cells, Decoder, Files, decode_rows, readable_rows, stamp
 from stillroom.data.embedded import digits, shapes
-from stillroom.data.images import ImageData, LazySplit, MemorySplit, Split, balanced_rows, digest, keep_labels
+from stillroom.data.images import ImageData, LazySplit, MemorySplit, Split, balanced_rows, keep_labels, spoil_labels
 from stillroom.errors import UserError
+from stillroom.store import fingerprint
 
 Cache = Callable[..., dict[str, Tensor]]
 
@@ -47,6 +48,8 @@ def load_images(
     seed: int,
     labelled: int | None = None,
     limit: int | None = None,
+    transfer: bool = True,
+    noise: float = 0.0,
     image_size: int | None = None,
     skip_bad: bool = False,
     cache: Cache | None = None,
@@ -54,9 +57,10 @@ def load_images(
     """The image classification task that `spec` names: `digits`, `shapes`, a folder, or `hub:ID` (with `@train,test` for split names).
 
     `limit` keeps at most that many training and test images. `labelled` keeps the labels of that many training images, balanced over
-    the classes; the other training images become the transfer set. Both are drawn from `seed`. `image_size` scales and crops every
-    image to that many pixels a side. What cannot be decoded raises UserError with the file or row, or with `skip_bad` is left out
-    and counted in a warning. Sets under 1 GiB of pixels are decoded into memory, through `cache` (`run.cached`) if given; larger
+    the classes; the other training images become the transfer set, or without `transfer` are left out (of the embedded digits they then
+    serve for testing). A share `noise` of the training labels is replaced at random. All is drawn from `seed`. `image_size` scales and
+    crops every image to that many pixels a side. What cannot be decoded raises UserError with the file or row, or with `skip_bad` is left
+    out and counted in a warning. Sets under 1 GiB of pixels are decoded into memory, through `cache` (`run.cached`) if given; larger
     ones decode as they are taken.
     """
     if any(value is not None and value < 1 for value in (labelled, limit, image_size)):
@@ -64,7 +68,8 @@ def load_images(
     if spec in ("digits", "shapes"):
         if image_size is not None:
             raise UserError(f"The embedded {spec} images have a fixed size: leave --image-size out.")
-        data = digits(seed, labelled=950, transfer=0) if spec == "digits" else shapes(seed)
+        alone = labelled if labelled and not transfer else 950
+        data = digits(seed, labelled=alone, transfer=0) if spec == "digits" else shapes(seed)
         train, test, classes = data.train, data.test, data.classes
     else:
         rows = _hub(spec.removeprefix("hub:")) if spec.startswith("hub:") else _folder(Path(spec))
@@ -73,12 +78,13 @@ def load_images(
     generator = torch.Generator().manual_seed(seed)
     if limit is not None:
         train, test = (s if len(s) <= limit else s.subset(balanced_rows(s.labels, limit, generator)) for s in (train, test))
-    transfer: Split | None = None
+    unlabelled: Split | None = None
     if labelled is not None:
         if labelled > len(train):
             raise UserError(f"{spec}: {labelled} labelled images were asked for, but there are {len(train)} training images.")
-        train, transfer = keep_labels(train, labelled, generator)
-    return ImageData.of(spec, train, test, classes, transfer)
+        train, unlabelled = keep_labels(train, labelled, generator)
+    train = spoil_labels(train, noise, len(classes), generator)
+    return ImageData.of(spec, train, test, classes, unlabelled if transfer else None)
 
 
 def needs(module: str, extra: str) -> Any:
@@ -170,7 +176,7 @@ def _tables(files: Sequence[Path], classes: tuple[str, ...] | None) -> Rows:
         cells, labels = (pyarrow.chunked_array([c for t in tables for c in t[column].chunks]) for column in (image, label))
     except (KeyError, pyarrow.ArrowException) as error:
         raise UserError(f"{files[0].parent}: the tables {files[0].name} to {files[-1].name} have different columns ({error}).") from error
-    source = Cells(cells, tuple(origin), digest(image, [stamp(file) for file in files]))
+    source = Cells(cells, tuple(origin), fingerprint(image, [stamp(file) for file in files]))
     return _labelled(source, labels.to_pylist(), classes or (tuple(names) if names else None), label)
 
 
@@ -187,7 +193,7 @@ def _hub(spec: str) -> tuple[Rows, Rows]:
             if "train" not in every or not test_name:
                 raise UserError(f"hub:{name} has the splits {', '.join(every)}: name the two to use as hub:{name}@TRAIN,TEST.")
             train, test = every["train"], every[test_name]
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"hub:{spec}: the data set could not be loaded ({error}). Write hub:ID or hub:ID@TRAIN,TEST.") from error
     rows = _dataset(train, f"{name} {train_name}", None)
     return rows, _dataset(test, f"{name} {test_name}", rows.classes)
@@ -198,7 +204,7 @@ def _dataset(table: Any, name: str, classes: tuple[str, ...] | None) -> Rows:
     image, label = (_column(table.column_names, names, name) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
     cells = table.cast_column(image, datasets.Image(decode=False))[image]
     names = getattr(table.features[label], "names", None)
-    source = Cells(cells, ((name, 0),), digest(image, table._fingerprint))
+    source = Cells(cells, ((name, 0),), fingerprint(image, table._fingerprint))
     return _labelled(source, list(table[label]), classes or (tuple(names) if names else None), label)
 
 

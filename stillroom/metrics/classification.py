@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillroom.data.images import Split
-from stillroom.nets.modes import eval_mode
+from stillroom.metrics.modes import eval_mode
 
 
 @dataclass(frozen=True)
