@@ -48,6 +48,9 @@ class Denoiser(nn.Module):
             raise UserError(f"prediction type {prediction!r} is not one of {', '.join(get_args(PredictionType))}.")
         self.net, self.process, self.prediction, self.sigma_data = net, process, prediction, sigma_data
 
+    def extra_repr(self) -> str:
+        return f"process={self.process}, prediction={self.prediction}, sigma_data={self.sigma_data}"  # part of the store's key
+
     def raw(self, x: Tensor, t: Time, cond: Any = None) -> Tensor:
         """The network's own output at (x, t) of its own process."""
         scale, clock = as_time(1.0, x), self.process.network_time(as_time(t, x))
@@ -103,6 +106,9 @@ class Guided(nn.Module):
     def __init__(self, denoiser: nn.Module, weight: Time, null: Any):
         super().__init__()
         self.denoiser, self.weight, self.null = denoiser, weight, null
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}, null={self.null}"
 
     @property
     def process(self) -> Process:

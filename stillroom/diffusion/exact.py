@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Prediction
-from stillroom.diffusion.processes import TINY, Flow, Process, Time, along, as_time
+from stillroom.diffusion.processes import TINY, VP, Flow, Process, Time, along, as_time
 
 
 class Gaussian(nn.Module):
@@ -115,3 +115,9 @@ def grid(side: int = 5, spacing: float = 0.75, std: float = 0.08) -> Mixture:
     """side x side modes, centred."""
     axis = (torch.arange(side) - (side - 1) / 2) * spacing
     return Mixture(torch.cartesian_prod(axis, axis), std, labels=torch.arange(side * side))
+
+
+def four_classes(std: float = 0.35) -> Mixture:
+    """Four classes of two broad, overlapping modes each, on a circle of radius 1.5: guidance has something to sharpen."""
+    angle = torch.arange(8) * (torch.pi / 4)
+    return Mixture(1.5 * torch.stack([angle.cos(), angle.sin()], 1), std, labels=torch.arange(8) % 4, process=VP(time_scale=1e-3))

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser, Guided, take
-from stillroom.diffusion.exact import Mixture, grid, ring
+from stillroom.diffusion.exact import Mixture, four_classes, grid, ring
 from stillroom.diffusion.objectives import denoise
-from stillroom.diffusion.processes import Flow, Process
+from stillroom.diffusion.processes import VP, Flow, Process
 from stillroom.diffusion.sampling import sample
 from stillroom.errors import UserError
 from stillroom.metrics.generation import coverage, energy_distance, frechet, mmd, modes
@@ -46,8 +46,8 @@ class Setting:
     """(run, samples, reference samples) -> metrics."""
     show: Callable[[Run, str, Mapping[str, Tensor]], None]
     """Put named samples into the report."""
-    truth: Callable[[int], Tensor] | None = None
-    """Real data, where there are any."""
+    truth: Callable[[int, Any], Tensor] | None = None
+    """(n, conditions) -> real data, where there are any."""
     condition: Callable[[int], Any] = lambda n: None
     """Conditions for n samples, drawn from torch's generator."""
     null: Any = None
@@ -69,36 +69,46 @@ class Setting:
         """n samples to compare with, and their conditions: real data if there are any, else the teacher's own at `steps` steps."""
         cond = placed(self.condition(n), device)
         if self.truth is not None:
-            return self.truth(n), cond
+            return self.truth(n, cond), cond
         start = self.process.start(self.noise(n, device))
         return sample(self.guided(guidance), start, self.process.grid(steps), cond, process=self.process), cond
 
 
 def placed(cond: Any, device: torch.device | None) -> Any:
-    """A condition on a device."""
+    """A condition on a device; a plain label stays as it is."""
     if isinstance(cond, dict):
         return {name: placed(value, device) for name, value in cond.items()}
-    return None if cond is None else cond.to(device)
+    return cond.to(device) if isinstance(cond, Tensor) else cond
 
 
 # -- exact teachers ----------------------------------------------------------------------------------------------------------------
-def pretrained(run: Run, name: str, small: Callable[[int], Denoiser], teacher: Mixture, batch: int = 256) -> Denoiser:
-    """A network trained on the mixture's own data by flow matching: what "initialised from the teacher" means for an exact teacher."""
+def pretrained(run: Run, name: str, small: Callable[[int], Denoiser], teacher: Mixture, batch: int = 256, classes: int = 0) -> Denoiser:
+    """A network trained on the mixture's own data: what "initialised from the teacher" means for an exact teacher.
+
+    With classes it learns conditions too, 15 % of them dropped to -1.
+    """
     optimizer, steps = Optimizer(lr=2e-3, schedule="cosine"), 1500
-    with run.stage(f"init-{name}", shared=(pretrained, name, teacher, optimizer, steps, batch)) as stage:
+    with run.stage(f"init-{name}", shared=(pretrained, name, teacher, optimizer, steps, batch, classes)) as stage:
         net, adam = stage.trainable("net", small(1), optimizer)
-        process = teacher.process
+        plain = stage.unwrap(net)
+        process, kind = plain.process, plain.prediction
         for _ in stage.steps(steps):
-            x0 = stage.shard(teacher.sample(batch))
+            label = torch.randint(classes, (batch,), device=stage.device) if classes else None
+            x0, label = stage.shard((teacher.sample(batch, label), label))
+            if label is not None:
+                label = torch.where(torch.rand(len(label), device=label.device) < 0.15, -1, label)
             eps, t = torch.randn_like(x0), process.uniform(len(x0), device=x0.device)
-            stage.update(adam, denoise(net(process.mix(x0, eps, t), t), x0, eps, t, process, "velocity"))
+            stage.update(adam, denoise(net(process.mix(x0, eps, t), t, label), x0, eps, t, process, kind))
         return stage.unwrap(net)
 
 
-def points(name: str, teacher: Mixture) -> Setting:
-    """A 2-D mixture."""
-    flow = Flow()
-    small = lambda factor: Denoiser(PointNet(2, 64 // factor, 3), flow, "velocity")
+def points(name: str, teacher: Mixture, classes: int = 0) -> Setting:
+    """A 2-D mixture; with classes, a conditional one whose networks predict eps in the discrete VP process."""
+    small = lambda factor: (
+        Denoiser(PointNet(2, 64 // factor, 3, classes), VP(time_scale=1e-3), "eps")
+        if classes
+        else Denoiser(PointNet(2, 64 // factor, 3), Flow(), "velocity")
+    )
 
     def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
         return {"mmd": mmd(x, reference), "energy": energy_distance(x, reference)} | modes(x, teacher.centres, 4 * teacher.std)
@@ -106,16 +116,25 @@ def points(name: str, teacher: Mixture) -> Setting:
     def show(run: Run, name: str, sets: Mapping[str, Tensor]) -> None:
         def draw(axes: Any) -> None:
             for label, x in sets.items():
-                axes.scatter(*x[:600].detach().cpu().T, s=3, alpha=0.5, label=label, rasterized=False)
+                axes.scatter(*x[:600].detach().cpu().T, s=3, alpha=0.5, label=label)
             axes.set_aspect("equal")
             axes.legend(markerscale=3, loc="upper right")
 
         run.figure(name, draw)
 
-    def student(run: Run) -> Denoiser:
-        return pretrained(run, name, small, teacher)
-
-    return Setting(name, teacher, flow, (2,), student, small, evaluate, show, truth=teacher.sample)
+    return Setting(
+        name,
+        teacher,
+        teacher.process,
+        (2,),
+        lambda run: pretrained(run, name, small, teacher, classes=classes),
+        small,
+        evaluate,
+        show,
+        truth=teacher.sample,
+        condition=lambda n: torch.randint(classes, (n,)) if classes else None,
+        null=-1 if classes else None,
+    )
 
 
 def digit_mixture(mirrored: bool = True, std: float = 0.25, count: int = 400) -> Mixture:
@@ -148,13 +167,13 @@ def digit_features(run: Run, teacher: Mixture) -> nn.Module:
 
 
 def digits(name: str, teacher: Mixture) -> Setting:
-    flow = Flow()
-    small = lambda factor: Denoiser(UNet(1, 16 // factor), flow, "velocity")
+    """Images [1, 8, 8] in [-1, 1]."""
+    small = lambda factor: Denoiser(UNet(1, 16 // factor), Flow(), "velocity")
 
-    @torch.no_grad()
     def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
         features = digit_features(run, teacher)
-        ours, theirs = features(x), features(reference)
+        with torch.no_grad():
+            ours, theirs = features(x), features(reference)
         return {"frechet": frechet(ours, theirs)} | coverage(theirs[:1000], ours[:1000])
 
     def show(run: Run, name: str, sets: Mapping[str, Tensor]) -> None:
@@ -164,7 +183,7 @@ def digits(name: str, teacher: Mixture) -> Setting:
     def student(run: Run) -> Denoiser:
         return pretrained(run, name, small, teacher, batch=64)
 
-    return Setting(name, teacher, flow, (1, 8, 8), student, small, evaluate, show, truth=teacher.sample)
+    return Setting(name, teacher, teacher.process, (1, 8, 8), student, small, evaluate, show, truth=teacher.sample)
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------------------
@@ -175,11 +194,13 @@ def load(name: str, prompts: str = "", size: int = 0) -> Setting:
             return points(name, ring())
         case "grid":
             return points(name, grid())
+        case "classes":
+            return points(name, four_classes(), classes=4)
         case "digits":
             return digits(name, digit_mixture())
     if name.startswith("diffusers:"):
         return pipeline(name.removeprefix("diffusers:"), prompts, size)
-    raise UserError(f"--teacher {name!r} is none of ring, grid, digits, diffusers:FOLDER-OR-ID.", code=2)
+    raise UserError(f"--teacher {name!r} is none of ring, grid, classes, digits, diffusers:FOLDER-OR-ID.", code=2)
 
 
 def pipeline(where: str, prompts: str, size: int) -> Setting:
