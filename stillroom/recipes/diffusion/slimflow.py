@@ -66,8 +66,8 @@ class Config:
     """Share of stage 1 after which b is 0 (300k of 800k)."""
     flip: bool = True
     """Mirror noise and image together, half of the time."""
-    reflow_steps: Count = 600
-    distil_steps: Count = 400
+    reflow_steps: Count = 500
+    distil_steps: Count = 300
     start: Literal["flow", "scratch"] = "flow"
     """Where the one-step student starts."""
     two_step: bool = True
