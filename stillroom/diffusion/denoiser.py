@@ -61,34 +61,35 @@ class Denoiser(nn.Module):
             scale = as_time(1 / unit, x)
         return self.net(along(scale, x) * x, clock.to(x.dtype).expand(len(x)), cond)
 
-    def read(self, raw: Tensor, x: Tensor, t: Time) -> Prediction:
-        """The pair behind a raw output given for (x, t)."""
-        t = as_time(t, x)
+    def _affine(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(p, q, r, s) with x0 = p x + q raw and eps = r x + s raw: every parametrization is affine in every other."""
         a, s = self.process.alpha(t), self.process.sigma(t)
-        over_a, over_s = along(1 / a.clamp_min(TINY), x), along(1 / s.clamp_min(TINY), x)
-        alpha, sigma = along(a, x), along(s, x)
+        none, one = torch.zeros_like(a), torch.ones_like(a)
         match self.prediction:
             case "x0":
-                return Prediction(raw, (x - alpha * raw) * over_s)
+                over = 1 / s.clamp_min(TINY)
+                return none, one, over, -a * over
             case "eps":
-                return Prediction((x - sigma * raw) * over_a, raw)
+                over = 1 / a.clamp_min(TINY)
+                return over, -s * over, none, one
             case "score":
-                return Prediction((x + sigma**2 * raw) * over_a, -sigma * raw)
+                over = 1 / a.clamp_min(TINY)
+                return over, s**2 * over, none, -s
             case "v":
-                return Prediction(alpha * x - sigma * raw, sigma * x + alpha * raw)
+                return a, -s, s, a
             case "velocity":
-                raw = raw * getattr(self.process, "sigma_data", 1.0)
                 da, ds = self.process.rates(t)
-                det = a * ds - da * s
-                return Prediction(along(ds / det, x) * x - along(s / det, x) * raw, along(a / det, x) * raw - along(da / det, x) * x)
+                over, unit = 1 / (a * ds - da * s), getattr(self.process, "sigma_data", 1.0)
+                return ds * over, -s * over * unit, -da * over, a * over * unit
             case _:
-                rho, sd = self.process.rho(t), self.sigma_data
+                rho, sd, over = s / a.clamp_min(TINY), self.sigma_data, 1 / a.clamp_min(TINY)
                 total = rho**2 + sd**2
-                x_e = x * over_a
-                return Prediction(
-                    along(sd**2 / total, x) * x_e + along(rho * sd / total.sqrt(), x) * raw,
-                    along(rho / total, x) * x_e - along(sd / total.sqrt(), x) * raw,
-                )
+                return sd**2 / total * over, rho * sd / total.sqrt(), rho / total * over, -sd / total.sqrt()
+
+    def read(self, raw: Tensor, x: Tensor, t: Time) -> Prediction:
+        """The pair behind a raw output given for (x, t)."""
+        p, q, r, s = (along(c, x) for c in torch.stack(self._affine(as_time(t, x))).to(x.dtype))
+        return Prediction(torch.addcmul(p * x, q, raw), torch.addcmul(r * x, s, raw))
 
     def forward(self, x: Tensor, t: Time, cond: Any = None, process: Process | None = None) -> Prediction:
         """(x0, eps) at x [B, ...] and time t (a number or [B]) of `process`, the denoiser's own if not given."""

@@ -47,9 +47,9 @@ def denoise(pair: Prediction, x0: Tensor, eps: Tensor, t: Time, process: Process
         case "eps":
             gap = pair.eps - eps
         case "v":
-            gap = process.v(*pair, t) - process.v(x0, eps, t)
+            gap = process.v(pair.x0 - x0, pair.eps - eps, t)  # linear in the pair
         case "velocity":
-            gap = process.velocity(*pair, t) - process.velocity(x0, eps, t)
+            gap = process.velocity(pair.x0 - x0, pair.eps - eps, t)
         case "edm":
             gap = (pair.x0 - x0) * along(weight("edm", process, as_time(t, x0), sigma_data).sqrt(), x0)
     return per_sample(gap**2)

@@ -79,7 +79,7 @@ class Process:
 
     def mix(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
         """alpha_t x0 + sigma_t eps: noising, and with a predicted pair the deterministic (DDIM) jump to time t."""
-        return along(self.alpha(t), x0) * x0 + along(self.sigma(t), x0) * eps
+        return torch.addcmul(along(self.alpha(t), x0) * x0, along(self.sigma(t), x0), eps)
 
     def start(self, z: Tensor) -> Tensor:
         """Unit noise z as the state at the noise end."""
@@ -93,7 +93,7 @@ class Process:
     def renoise(self, x: Tensor, s: Time, t: Time, eps: Tensor) -> Tensor:
         """A sample at time s carried to the noisier time t by fresh noise, so that marginals are kept."""
         ratio, spread = self.kernel(s, t)
-        return along(ratio, x) * x + along(spread, x) * eps
+        return torch.addcmul(along(ratio, x) * x, along(spread, x), eps)
 
     def score(self, eps: Tensor, t: Time) -> Tensor:
         """grad log p_t = -eps / sigma."""
@@ -102,7 +102,7 @@ class Process:
     def velocity(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
         """dx_t/dt = alpha' x0 + sigma' eps along the process's own time. TypeError for a discrete process."""
         da, ds = self.rates(t)
-        return along(da, x0) * x0 + along(ds, x0) * eps
+        return torch.addcmul(along(da, x0) * x0, along(ds, x0), eps)
 
     def v(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
         """alpha eps - sigma x0 (Salimans and Ho), meant for processes of unit norm."""
