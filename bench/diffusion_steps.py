@@ -43,7 +43,10 @@ class Timed(Run):
 
 
 def recipe(main: Callable, cfg: object, setting: Setting) -> float:
-    with tempfile.TemporaryDirectory() as folder, Timed(f"{folder}/run", store=Store(f"{folder}/store"), plots=False, save_seconds=1e9) as run:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Timed(f"{folder}/run", store=Store(f"{folder}/store"), plots=False, save_seconds=1e9) as run,
+    ):
         main(cfg, run, setting=setting)
         return run.spent
 

@@ -122,7 +122,8 @@ class Pipeline:
     def save(self, folder: Path, student: nn.Module, times: Sequence[float], fresh_noise: bool) -> None:
         """A folder for plain diffusers: a whole pipeline, or only LoRA weights for `load_lora_weights` if the student has them.
 
-        times: the student's grid. fresh_noise: consistency multistep (LCM scheduler) rather than the deterministic step.
+        times: the student's grid. fresh_noise: consistency multistep (LCM scheduler) rather than the deterministic step; pipelines
+        without text are always given the deterministic one.
         call.json holds the keyword arguments to call the pipeline with, scheduler.json the scheduler that LoRA users must set.
         """
         net = student.net.net  # type: ignore[union-attr]
@@ -141,7 +142,7 @@ class Pipeline:
         (folder / "call.json").write_text(json.dumps(call))
 
     def _schedule(self, times: Sequence[float], fresh_noise: bool) -> tuple[Any, dict[str, Any]]:
-        from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
+        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
         call: dict[str, Any] = {"num_inference_steps": len(times) - 1}
         if self.encoders:
@@ -151,6 +152,9 @@ class Pipeline:
             # The grid is shifted already; the pipeline's own shift must not be applied twice.
             scheduler = FlowMatchEulerDiscreteScheduler.from_config({**config, "shift": 1.0, "stochastic_sampling": fresh_noise})
             return scheduler, call | {"sigmas": [float(t) for t in times[:-1]]}
+        if not self.encoders:  # DDPMPipeline takes neither timesteps nor eta; trailing spacing gives it the student's grid
+            plain = {"set_alpha_to_one": True, "clip_sample": False, "thresholding": False, "timestep_spacing": "trailing"}
+            return DDIMScheduler.from_config({**config, **plain}), call
         scheduler = (LCMScheduler if fresh_noise else TCDScheduler).from_config({**config, "set_alpha_to_one": True})
         if not fresh_noise:
             call["eta"] = 0.0

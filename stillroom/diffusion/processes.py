@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ def along(coefficient: Tensor, x: Tensor) -> Tensor:
     """A coefficient [] or [B] shaped and cast to multiply x [B, ...]."""
     coefficient = coefficient.to(device=x.device, dtype=x.dtype)
     return coefficient if coefficient.ndim == 0 else coefficient.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def shifted(u: Any, shift: float) -> Any:
+    """The flow shift m u / (1 + (m - 1) u) of a share u of the way from data to noise."""
+    return u if shift == 1 else shift * u / (1 + (shift - 1) * u)
 
 
 class Process:
@@ -108,18 +113,20 @@ class Process:
         """alpha eps - sigma x0 (Salimans and Ho), meant for processes of unit norm."""
         return along(self.alpha(t), x0) * eps - along(self.sigma(t), x0) * x0
 
-    def grid(self, steps: int, shift: float = 1.0) -> list[float]:
-        """steps + 1 times from the noise end to the data end, evenly spaced in the process's time, then shifted towards noise.
+    def place(self, share: Time) -> Tensor:
+        """The time that lies `share` of the way from data to noise."""
+        return self.clean + (self.noisy - self.clean) * as_time(share)
 
-        The shift is the flow one, u <- m u / (1 + (m - 1) u) on the fraction u of the way from data to noise.
+    def grid(self, steps: int, shift: float = 1.0) -> list[float]:
+        """steps + 1 times from the noise end to the data end, evenly placed, then shifted towards noise.
+
+        The shift is the flow one, u <- m u / (1 + (m - 1) u) on the share u of the way from data to noise.
         """
-        raw = [1 - i / steps for i in range(steps + 1)]
-        return [self.clean + (self.noisy - self.clean) * shift * u / (1 + (shift - 1) * u) for u in raw]
+        return [*(float(self.place(shifted(1 - i / steps, shift))) for i in range(steps)), self.clean]
 
     def uniform(self, n: int, low: float = 0.0, high: float = 1.0, shift: float = 1.0, device: torch.device | None = None) -> Tensor:
-        """n random times, uniform in the fraction [low, high] of the way from data to noise and then shifted; float64 [n]."""
-        u = low + (high - low) * torch.rand(n, device=device).double()
-        return self.clean + (self.noisy - self.clean) * shift * u / (1 + (shift - 1) * u)
+        """n random times, uniform in the share [low, high] of the way from data to noise and then shifted; float64 [n]."""
+        return self.place(shifted(low + (high - low) * torch.rand(n, device=device).double(), shift))
 
     def lognormal(self, n: int, mean: float = -1.2, std: float = 1.2, device: torch.device | None = None) -> Tensor:
         """n random times with ln rho ~ N(mean, std^2): EDM's training law, sCM's in Trig time, logit-normal in flow time."""
@@ -133,10 +140,18 @@ class Process:
 
 @dataclass(frozen=True)
 class EDM(Process):
-    """Variance exploding: t is rho itself; the network sees ln(t) / 4."""
+    """Variance exploding: t is rho itself; the network sees ln(t) / 4. Times are placed on Karras's curve, the last jump is to 0."""
 
     noisy: float = 80.0
+    least: float = 0.002
     clean = 0.0
+
+    def place(self, share: Time) -> Tensor:
+        return self.karras(1 - as_time(share), low=self.least, high=self.noisy)
+
+    def grid(self, steps: int, shift: float = 1.0) -> list[float]:
+        levels = [shifted(1 - i / max(1, steps - 1), shift) for i in range(steps)]  # both ends of the curve are visited
+        return [*(float(self.place(u)) for u in levels), self.clean]
 
     def alpha(self, t: Time) -> Tensor:
         return torch.ones_like(as_time(t))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 
 from stillroom.diffusion.denoiser import Denoiser, Prediction
 from stillroom.diffusion.exact import Gaussian
-from stillroom.diffusion.processes import Flow
+from stillroom.diffusion.processes import EDM, Flow
+from stillroom.diffusion.settings import Setting
 from stillroom.errors import UserError
+from stillroom.metrics.generation import energy_distance
+from stillroom.nets.denoisers import UNet
 from stillroom.recipes.diffusion import consistency, dmd2
 from stillroom.recipes.diffusion.consistency import consistency_loss
 from stillroom.run import Run
@@ -109,6 +113,22 @@ def test_students_of_pipelines_are_sampled_by_plain_diffusers(run: Run, tmp_path
         pipe = diffusers.DiffusionPipeline.from_pretrained(student)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a cat", height=16, width=16, output_type="np", **call)[0].shape == (1, 16, 16, 3)
+
+
+def test_a_setting_of_ones_own_as_in_the_docs(run: Run) -> None:
+    teacher = Denoiser(UNet(3, 8), EDM(), "edm")
+    setting = Setting(
+        "mine",
+        teacher,
+        EDM(),
+        (3, 8, 8),
+        student=lambda run: copy.deepcopy(teacher).requires_grad_(True),
+        small=lambda factor: teacher,
+        evaluate=lambda run, x, reference: {"energy": energy_distance(x, reference)},
+        show=lambda run, name, sets: None,
+    )
+    metrics = dmd2.main(dmd2.Config(**DMD), run, setting=setting)
+    assert metrics["energy"] == metrics["energy"]
 
 
 def test_an_unknown_teacher_is_said(run: Run) -> None:

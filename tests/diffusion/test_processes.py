@@ -42,6 +42,29 @@ def test_ends_and_direction(process: Process) -> None:
     assert rhos == sorted(rhos, reverse=True)
 
 
+def test_grids() -> None:
+    assert [round(t, 4) for t in Flow().grid(4, shift=5.0)] == [1.0, 0.9375, 0.8333, 0.625, 0.0]
+    assert [round(t, 4) for t in ReversedFlow().grid(4, shift=3.0)] == [0.0, 0.1, 0.25, 0.5, 1.0]
+    assert VP().grid(4) == [999.0, 749.0, 499.0, 249.0, -1.0]
+    i = np.arange(18) / 17
+    karras = (80 ** (1 / 7) + i * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(EDM().grid(18), [*karras, 0.0], rtol=1e-9)
+
+
+@each()
+def test_random_times_stay_in_their_range(process: Process) -> None:
+    torch.manual_seed(0)
+    t = process.uniform(500, 0.2, 0.7, shift=2.0)
+    rho = process.rho(t)
+    low, high = (process.rho(process.place(2 * u / (1 + u))) for u in (0.2, 0.7))
+    assert float(rho.min()) >= float(low)
+    assert float(rho.max()) <= float(high)
+    law = process.rho(process.lognormal(20_000)).log()
+    if not isinstance(process, VP):
+        assert abs(float(law.mean()) + 1.2) < 0.05
+        assert abs(float(law.std()) - 1.2) < 0.05
+
+
 @pytest.mark.parametrize(("betas", "process"), [("scaled", VP()), ("linear", DDPM())])
 def test_vp_matches_the_published_betas(betas: str, process: VP) -> None:
     beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2 if betas == "scaled" else np.linspace(1e-4, 0.02, 1000)

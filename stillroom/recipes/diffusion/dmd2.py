@@ -127,7 +127,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size)
     start = setting.student(run)
     process = start.process
-    grid = [process.clean + cfg.first * (t - process.clean) for t in process.grid(cfg.steps)] if cfg.steps == 1 else process.grid(cfg.steps)
+    grid = process.grid(cfg.steps) if cfg.steps > 1 else [float(process.place(cfg.first)), process.clean]
     teacher = run.frozen(setting.guided(cfg.guidance))
     net = setting.pipeline.lora(cfg.lora_rank, cfg.lora_alpha) if setting.pipeline and cfg.lora_rank else copy.deepcopy(start)
     generator, generator_adam = run.trainable("generator", net, cfg.generator)
