@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import nn
 
-from stillroom.config import Natural, NonNegative, Positive, Share
+from stillroom.config import Natural, NonNegative, Positive
+from stillroom.errors import UserError
 
+Memory = Annotated[float, Interval(ge=0.0, lt=1.0)]
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -22,9 +25,9 @@ class Optimizer:
     kind: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: Positive = 1e-3
     """Peak learning rate."""
-    momentum: Share = 0.9
+    momentum: Memory = 0.9
     """SGD's momentum; Adam's first beta."""
-    beta2: Share = 0.999
+    beta2: Memory = 0.999
     """Adam's second beta."""
     nesterov: bool = False
     weight_decay: NonNegative = 0.0
@@ -43,6 +46,8 @@ class Optimizer:
         # The fused kernels do the same arithmetic in one pass over all tensors; plain strided float tensors only.
         fused = all(type(p) in (nn.Parameter, torch.Tensor) and p.is_floating_point() for p in parameters) or None
         if self.kind == "sgd":
+            if self.nesterov and not self.momentum:
+                raise UserError("an optimizer with nesterov needs a momentum greater than 0.", code=2)
             return torch.optim.SGD(parameters, self.lr, self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay, fused=fused)
         adam = torch.optim.AdamW if self.kind == "adamw" else torch.optim.Adam
         return adam(parameters, self.lr, (self.momentum, self.beta2), weight_decay=self.weight_decay, fused=fused)
@@ -58,6 +63,6 @@ class Optimizer:
             case "linear":
                 return self.lr * (1 - done)
             case "step":
-                return self.lr * self.drop_factor ** sum(step >= share * total for share in self.drops)
+                return self.lr * self.drop_factor ** sum(step >= round(share * total) for share in self.drops)
             case _:
                 return self.lr

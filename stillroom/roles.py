@@ -41,11 +41,19 @@ class Ema:
         """After an optimizer step: average <- decay * average + (1 - decay) * parameters. Waits for the last chunk of a step."""
         if self.run.chunk + 1 < self.run.accumulate:
             return
-        source = self.run.engine.unwrap(self.source)
+        source = self.run.engine.module(self.source)
         mine, theirs = [[p.detach() for p in net.parameters()] for net in (self.net, source)]
         torch._foreach_lerp_(mine, theirs, 1 - (self.decay if decay is None else decay))
         for average, buffer in zip(self.net.buffers(), source.buffers(), strict=True):
             average.copy_(buffer)
+
+
+def refuse_shared(run: Run, net: nn.Module) -> None:
+    """Freezing `net` would freeze what it shares with a trainable role as well."""
+    mine = set(net.parameters())
+    for role in run.roles.values():
+        if mine.intersection(role.parameters):
+            raise ValueError(f"this network shares parameters with the trainable role {role.name!r}: freeze a deep copy")
 
 
 def backward(run: Run, roles: list[Role], loss: torch.Tensor, weight: Any) -> None:

@@ -118,5 +118,5 @@ def main(cfg: Config, run: Run, *, data: ImageData | None = None, student: nn.Mo
         run.log(past_weight=weight)
 
     metrics = present.classifier(run, "student", student, data.test)
-    run.save_student(lambda folder: hub.save_classifier(run.unwrap(student), folder))
+    run.save_student(student, hub.save_classifier)
     return metrics
