@@ -55,6 +55,8 @@ class Process:
     """The time of the data."""
     noisy: float
     """The time of the most noise."""
+    time_scale: float = 1.0
+    """What times are multiplied by for the network."""
 
     def alpha(self, t: Time) -> Tensor:
         raise NotImplementedError
@@ -72,7 +74,7 @@ class Process:
 
     def network_time(self, t: Time) -> Tensor:
         """What a network of this process is given as its time input."""
-        raise NotImplementedError
+        return as_time(t) * self.time_scale
 
     def rho(self, t: Time) -> Tensor:
         """Noise-to-signal ratio sigma / alpha, the EDM noise level."""
@@ -117,6 +119,10 @@ class Process:
         """The time that lies `share` of the way from data to noise."""
         return self.clean + (self.noisy - self.clean) * as_time(share)
 
+    def share(self, t: float) -> float:
+        """The inverse of `place`."""
+        return (t - self.clean) / (self.noisy - self.clean)
+
     def grid(self, steps: int, shift: float = 1.0) -> list[float]:
         """steps + 1 times from the noise end to the data end, evenly placed, then shifted towards noise.
 
@@ -125,8 +131,8 @@ class Process:
         return [*(float(self.place(shifted(1 - i / steps, shift))) for i in range(steps)), self.clean]
 
     def uniform(self, n: int, low: float = 0.0, high: float = 1.0, shift: float = 1.0, device: torch.device | None = None) -> Tensor:
-        """n random times, uniform in the share [low, high] of the way from data to noise and then shifted; float64 [n]."""
-        return self.place(shifted(low + (high - low) * torch.rand(n, device=device).double(), shift))
+        """n random times, uniform in the share [low, high] of the way from data to noise, shifted within it; float64 [n]."""
+        return self.place(low + (high - low) * shifted(torch.rand(n, device=device).double(), shift))
 
     def lognormal(self, n: int, mean: float = -1.2, std: float = 1.2, device: torch.device | None = None) -> Tensor:
         """n random times with ln rho ~ N(mean, std^2): EDM's training law, sCM's in Trig time, logit-normal in flow time."""
@@ -148,6 +154,10 @@ class EDM(Process):
 
     def place(self, share: Time) -> Tensor:
         return self.karras(1 - as_time(share), low=self.least, high=self.noisy)
+
+    def share(self, t: float) -> float:
+        low, high = self.least ** (1 / 7), self.noisy ** (1 / 7)
+        return max(0.0, (t ** (1 / 7) - low) / (high - low))
 
     def grid(self, steps: int, shift: float = 1.0) -> list[float]:
         levels = [shifted(1 - i / max(1, steps - 1), shift) for i in range(steps)]  # both ends of the curve are visited
@@ -267,9 +277,6 @@ class Flow(Process):
         rho = as_time(rho)
         return torch.where(rho.isinf(), torch.ones_like(rho), rho / (1 + rho))
 
-    def network_time(self, t: Time) -> Tensor:
-        return as_time(t) * self.time_scale
-
 
 @dataclass(frozen=True)
 class ReversedFlow(Process):
@@ -291,9 +298,6 @@ class ReversedFlow(Process):
 
     def time(self, rho: Time) -> Tensor:
         return 1 / (1 + as_time(rho))
-
-    def network_time(self, t: Time) -> Tensor:
-        return as_time(t) * self.time_scale
 
 
 @dataclass(frozen=True)
@@ -317,6 +321,3 @@ class Trig(Process):
 
     def time(self, rho: Time) -> Tensor:
         return torch.atan(as_time(rho) / self.sigma_data)
-
-    def network_time(self, t: Time) -> Tensor:
-        return as_time(t) * self.time_scale

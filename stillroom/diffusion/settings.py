@@ -10,12 +10,13 @@ to start students from, and a way to judge and to show samples.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser, Guided, take
@@ -64,6 +65,13 @@ class Setting:
 
     def noise(self, n: int, device: torch.device | None = None) -> Tensor:
         return torch.randn(n, *self.shape, device=device)
+
+    def save(self, net: nn.Module, folder: Path, times: Sequence[float], fresh_noise: bool) -> None:
+        """A student for plain diffusers (see `Pipeline.save`), or the tensors of an embedded teacher's student."""
+        if self.pipeline:
+            self.pipeline.save(folder, net, times, fresh_noise)
+        else:
+            save_file(net.state_dict(), folder / "model.safetensors")
 
     def reference(self, n: int, guidance: float, steps: int, device: torch.device | None = None) -> tuple[Tensor, Any]:
         """n samples to compare with, and their conditions: real data if there are any, else the teacher's own at `steps` steps."""

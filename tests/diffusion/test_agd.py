@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from stillroom.diffusion import pipelines
+from stillroom.diffusion.adapters import Adapters, Kind, Offset, load
 from stillroom.diffusion.denoiser import Denoiser, Guided
 from stillroom.diffusion.processes import VP
 from stillroom.diffusion.sampling import sample
 from stillroom.errors import UserError
 from stillroom.nets.denoisers import PointNet
 from stillroom.recipes.diffusion import agd
-from stillroom.recipes.diffusion.agd import Adapters, Config, record
+from stillroom.recipes.diffusion.agd import Config, record
 from stillroom.run import Run
 from stillroom.store import Store
 
@@ -31,7 +32,7 @@ def base() -> Denoiser:
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "offset"])
-def test_adapters_start_at_zero_and_only_they_learn(kind: agd.Kind) -> None:
+def test_adapters_start_at_zero_and_only_they_learn(kind: Kind) -> None:
     net = base()
     x, t, cond, w = torch.randn(5, 2), torch.full((5,), 300.0), torch.tensor([0, 1, 2, 3, -1]), torch.linspace(1, 6, 5)
     plain, before = net.raw(x, t, cond), copy.deepcopy(net.state_dict())
@@ -54,7 +55,7 @@ def test_adapters_start_at_zero_and_only_they_learn(kind: agd.Kind) -> None:
 
 
 def test_offsets_do_not_look_at_x() -> None:
-    adapter = agd.Offset(6, 4)
+    adapter = Offset(6, 4)
     torch.nn.init.normal_(adapter.mlp[3].weight)
     tokens = torch.randn(3, 4)
     assert torch.equal(adapter(torch.zeros(3, 6), tokens), adapter(torch.randn(3, 6), tokens))
@@ -80,7 +81,7 @@ def test_end_to_end_on_points(tmp_path: Path, arm: str) -> None:
     with Run(tmp_path / "run", store=Store(tmp_path / "store"), plots=False) as run:
         metrics = agd.main(Config(**(QUICK | agd.ARMS[arm])), run, setting=untrained("classes"))
     assert (metrics["gap_closed"] == 0.0) == (arm == "no-guidance")
-    loaded = agd.load(tmp_path / "run" / "student", PointNet(2, 64, 3, classes=4))
+    loaded = load(tmp_path / "run" / "student", PointNet(2, 64, 3, classes=4))
     assert loaded.width == 8
 
 
@@ -95,7 +96,7 @@ def test_adapters_in_plain_diffusers(tmp_path: Path, kind: str) -> None:
         agd.main(cfg, run)
     fresh = pipelines.load(where)
     net = getattr(fresh.pipe, fresh.slot)
-    adapters = agd.load(tmp_path / "run" / "student", net)
+    adapters = load(tmp_path / "run" / "student", net)
     scheduler, call = fresh._schedule(fresh.process.grid(4), fresh_noise=False)
     pipe = type(fresh.pipe)(**{**fresh.pipe.components, "scheduler": scheduler})
     pipe.set_progress_bar_config(disable=True)
@@ -122,6 +123,6 @@ def test_bad_input(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="takes no conditions"):
             agd.main(Config(teacher="ring"), run)
     with pytest.raises(UserError, match="holds no adapters"):
-        agd.load(tmp_path, base().net)
-    with pytest.raises(UserError, match="knows no blocks"):
+        load(tmp_path, base().net)
+    with pytest.raises(UserError, match="no blocks are known"):
         Adapters(torch.nn.Linear(2, 2), "offset", 8)

@@ -101,8 +101,9 @@ def test_gradients_reach_the_student_and_not_the_guide() -> None:
 
 
 @pytest.mark.parametrize("arm", ["slimflow", "neither", "distil-from-scratch"])
-def test_end_to_end_on_digits(tmp_path: Path, arm: str) -> None:
-    with Run(tmp_path / "run", store=Store(tmp_path / "store")) as run:
+def test_end_to_end_on_digits(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, arm: str) -> None:
+    store = tmp_path_factory.getbasetemp() / "shared-store"  # the digit classifier is trained once for all arms
+    with Run(tmp_path / "run", store=Store(store)) as run:
         metrics = slimflow.main(Config(**(QUICK | slimflow.ARMS[arm])), run, setting=untrained("digits"))
     assert {"frechet", "flow_frechet", "endpoint_error", "straightness"} <= set(metrics)
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 4

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stillroom.claims import Claim
@@ -157,8 +156,5 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     run.row("student, one step", **setting.evaluate(run, once, real))
     run.row("student", **setting.evaluate(run, x, real))
     setting.show(run, "samples", {"teacher": real, "few steps without distillation": plain, "student": x})
-    if setting.pipeline:
-        run.save_student(lambda folder: setting.pipeline.save(folder, ema.net, grid, fresh_noise=True))
-    else:
-        run.save_student(lambda folder: save_file(ema.net.state_dict(), folder / "model.safetensors"))
+    run.save_student(ema.net, lambda net, folder: setting.save(net, folder, grid, fresh_noise=True))
     return metrics

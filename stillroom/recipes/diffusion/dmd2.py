@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stillroom.claims import Claim
@@ -173,7 +172,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
             discriminator=cfg.discriminator_weight * softplus_discriminator(truth, head(judged)),
         )
 
-    student = run.frozen(run.unwrap(generator))
+    student = run.unwrap(generator).eval()
     real, cond = setting.reference(cfg.evaluate, cfg.guidance, 40, run.device)
     z = process.start(setting.noise(cfg.evaluate, run.device))
     x, plain = (sample(net, z, grid, cond, process=process, step=consistency) for net in (student, start))
@@ -181,8 +180,5 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     run.row("teacher network at as few steps", **setting.evaluate(run, plain, real))
     run.row("student", **metrics)
     setting.show(run, "samples", {"teacher": real, "few steps without distillation": plain, "student": x})
-    if setting.pipeline:
-        run.save_student(lambda folder: setting.pipeline.save(folder, student, grid, fresh_noise=True))
-    else:
-        run.save_student(lambda folder: save_file(student.state_dict(), folder / "model.safetensors"))
+    run.save_student(student, lambda net, folder: setting.save(net, folder, grid, fresh_noise=True))
     return metrics

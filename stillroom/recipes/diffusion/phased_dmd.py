@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stillroom.claims import Claim
@@ -176,17 +175,13 @@ def train_phase(cfg: Config, run: Run, setting: Setting, experts: list[nn.Module
     fake, fake_adam = run.trainable("fake", copy.deepcopy(start), cfg.fake)
     teacher = run.frozen(setting.guided(cfg.guidance))
 
-    def share(t: float) -> float:
-        return (t - process.clean) / (process.noisy - process.clean)
-
-    high = share(ends[k - 1]) if cfg.interval == "disjoint" and k else 1 - cfg.margin
+    # Uniform in raw time and then shifted, like the grid, but inside (s_k, 1).
+    low, high = process.share(end) + cfg.margin, 1 - cfg.margin
+    if cfg.interval == "disjoint" and k:
+        high = process.share(ends[k - 1])
 
     def noise_time(n: int) -> Tensor:
-        # Drawn uniformly in raw time and then shifted, like the grid, but kept inside (s, 1).
-        u = process.uniform(n, 0.0, 1.0, cfg.shift, device=run.device)
-        u = (u - process.clean) / (process.noisy - process.clean)
-        low = share(end) + cfg.margin
-        return process.clean + (process.noisy - process.clean) * (low + (high - low) * u)
+        return process.uniform(n, low, high, cfg.shift, device=run.device)
 
     def generate(differentiable: bool) -> tuple[Tensor, object]:
         z, cond = run.shard((setting.noise(cfg.batch), setting.condition(cfg.batch)))
@@ -210,18 +205,15 @@ def train_phase(cfg: Config, run: Run, setting: Setting, experts: list[nn.Module
         gap = (said - real).abs().mean()
         run.finite.check("scores", gap, {"score gap": gap})
         run.log(score_gap=gap)
-    return run.frozen(run.unwrap(expert))
+    return run.unwrap(expert).eval()
 
 
-def save(folder: Path, setting: Setting, experts: list[nn.Module], grid: list[float]) -> None:
-    """One folder per phase (the student itself if there is one): for plain diffusers, or tensors of an embedded teacher's student."""
-    for k, expert in enumerate(experts):
-        place = folder / f"phase{k + 1}" if len(experts) > 1 else folder
+def save(student: Routed, folder: Path, setting: Setting, grid: list[float]) -> None:
+    """One folder per phase, or the student itself if there is only one."""
+    for k, expert in enumerate(student.experts):
+        place = folder / f"phase{k + 1}" if len(student.experts) > 1 else folder
         place.mkdir(exist_ok=True)
-        if setting.pipeline:
-            setting.pipeline.save(place, expert, grid, fresh_noise=False)
-        else:
-            save_file(expert.state_dict(), place / "model.safetensors")
+        setting.save(expert, place, grid, fresh_noise=False)
 
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
@@ -255,7 +247,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     run.row("teacher network at as few steps", **setting.evaluate(run, plain, real))
     run.row("student", **metrics)
     setting.show(run, "samples", {"teacher": real, "few steps without distillation": plain, "student": x})
-    run.save_student(lambda folder: save(folder, setting, experts, grid))
+    run.save_student(student, lambda net, folder: save(net, folder, setting, grid))
     return metrics
 
 

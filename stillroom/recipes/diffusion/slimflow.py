@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stillroom.claims import Claim
@@ -258,10 +257,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     for name, samples in rows.items():
         run.row(name, **setting.evaluate(run, samples, real), endpoint_error=float(squared(samples, ends).mean()))
     setting.show(run, "samples", {"teacher": ends, "small flow, 20 steps": curved, "small flow, 1 step": straight, "student": x})
-    if setting.pipeline:
-        run.save_student(lambda folder: setting.pipeline.save(folder, student, setting.process.grid(1), fresh_noise=False))
-    else:
-        run.save_student(lambda folder: save_file(student.state_dict(), folder / "model.safetensors"))
+    run.save_student(student, lambda net, folder: setting.save(net, folder, setting.process.grid(1), fresh_noise=False))
     quality = {f"flow_{name}": value for name, value in setting.evaluate(run, curved, real).items()}
     return (
         setting.evaluate(run, x, real)
