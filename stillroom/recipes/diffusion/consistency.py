@@ -50,7 +50,7 @@ class Config:
     distance: Literal["l2", "huber"] = "huber"
     guidance: NonNegative = 1.0
     """Classifier-free guidance of the teacher (1: none)."""
-    updates: Natural = 1500
+    updates: Natural = 1000
     batch: Count = 256
     ema: Share = 0.95
     """Decay of the target network."""

@@ -53,7 +53,7 @@ class Config:
     """Sampling steps of the student."""
     first: Share = 1.0
     """Where a one-step student reads the network, as a share of the way from data to noise (0.4 for SDXL)."""
-    updates: Count = 300
+    updates: Count = 200
     """Generator updates."""
     fake_updates: Count = 5
     """Iterations, each one fake-score update, per generator update."""
