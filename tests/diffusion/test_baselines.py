@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stillroom.diffusion.denoiser import Denoiser, Prediction
 from stillroom.diffusion.exact import Gaussian
@@ -129,6 +130,32 @@ def test_a_setting_of_ones_own_as_in_the_docs(run: Run) -> None:
     )
     metrics = dmd2.main(dmd2.Config(**DMD), run, setting=setting)
     assert metrics["energy"] == metrics["energy"]
+
+
+@pytest.mark.parametrize("name", ["dmd2", "consistency"])
+def test_a_killed_run_ends_bitwise_where_an_uninterrupted_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    recipe, quick = {"dmd2": (dmd2, DMD), "consistency": (consistency, CD)}[name]
+    ends = []
+    for folder, dies_at in (("whole", None), ("killed", 3)):
+        for attempt in range(1 if dies_at is None else 2):
+            with Run(tmp_path / folder, store=Store(tmp_path / "store"), save_seconds=0.0, plots=False) as run:
+                count, update = 0, run.update
+
+                def counted(*args: Any, _update: Any = update, _attempt: int = attempt, _dies: Any = dies_at, **kw: Any) -> torch.Tensor:
+                    nonlocal count
+                    count += 1
+                    if _dies == count and _attempt == 0:
+                        raise KeyboardInterrupt
+                    return _update(*args, **kw)
+
+                monkeypatch.setattr(run, "update", counted)
+                try:
+                    metrics = recipe.main(recipe.Config(**quick), run, setting=untrained("ring"))  # type: ignore[attr-defined]
+                except KeyboardInterrupt:
+                    continue
+        ends.append((metrics, load_file(tmp_path / folder / "student" / "model.safetensors")))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(a, ends[1][1][key]) for key, a in ends[0][1].items())
 
 
 def test_an_unknown_teacher_is_said(run: Run) -> None:
