@@ -26,7 +26,9 @@ C = TypeVar("C")
 def bounds(hint: Any) -> Iterator[Ge | Gt | Le | Lt]:
     """The elementary bounds declared on one annotation, intervals taken apart."""
     for mark in getattr(hint, "__metadata__", ()):
-        yield from mark if isinstance(mark, Interval) else [mark] if isinstance(mark, Ge | Gt | Le | Lt) else []
+        for bound in mark if isinstance(mark, Interval) else (mark,):
+            if isinstance(bound, Ge | Gt | Le | Lt):
+                yield bound
 
 
 def _broken(value: Any, bound: Ge | Gt | Le | Lt) -> str | None:

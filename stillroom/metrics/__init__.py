@@ -1,0 +1,1 @@
+"""Quality and cost of a model, computed from plain tensors."""

@@ -1,0 +1,191 @@
+"""Claims: a paper's sentences as numbers that can come out wrong, and the ledger of how they came out here.
+
+`verify` runs every arm of a recipe over the same seeds and judges each claim by the 95 % interval of the paired difference
+(Student's t): it *holds* when the whole interval lies beyond the margin, *fails* when the whole interval lies short of it, and
+is *undecided* otherwise. Every arm, seed and metric is written down, whatever the verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stillroom import catalogue
+from stillroom.errors import UserError
+
+Verdict = Literal["holds", "fails", "undecided"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`metric` of `arm` is better than that of `versus` (an arm, or a fixed number) by more than `margin`.
+
+    A negative margin states "no worse than by". `paper` quotes what the paper reports, for the reader to set beside our figures.
+    """
+
+    text: str
+    metric: str
+    arm: str
+    versus: str | float
+    better: Literal["lower", "higher"] = "higher"
+    margin: float = 0.0
+    paper: str = ""
+
+
+def judge(differences: Sequence[float], margin: float = 0.0) -> tuple[float, float, float, Verdict]:
+    """Mean, 95 % interval and verdict of paired differences, larger being better. One pair decides nothing."""
+    mean = statistics.fmean(differences)
+    if not all(map(math.isfinite, differences)):
+        return mean, -math.inf, math.inf, "fails"
+    if len(differences) < 2:
+        return mean, -math.inf, math.inf, "undecided"
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / math.sqrt(len(differences))
+    low, high = mean - half, mean + half
+    return mean, low, high, "holds" if low > margin else "fails" if high <= margin else "undecided"
+
+
+def outcome(claim: Claim, results: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """The claim's ledger record from the metrics of each arm, seed by seed."""
+    mine = [m[claim.metric] for m in results[claim.arm]]
+    theirs = [m[claim.metric] for m in results[claim.versus]] if isinstance(claim.versus, str) else [claim.versus] * len(mine)
+    sign = 1.0 if claim.better == "higher" else -1.0
+    mean, low, high, verdict = judge([sign * (a - b) for a, b in zip(mine, theirs, strict=True)], claim.margin)
+    numbers = {"difference": mean, "low": low, "high": high}
+    return {**claim.__dict__, **{k: v if math.isfinite(v) else None for k, v in numbers.items()}, "verdict": verdict}
+
+
+def verify(
+    name: str,
+    seeds: int = 5,
+    jobs: int = 1,
+    *,
+    folder: Path = Path("runs/verify"),
+    cache: Path | None = None,
+    backend: str = "loky",
+    changes: dict[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Run all arms of a recipe over seeds 0..seeds-1; the ledger entry. What an interrupted verification finished is not run again.
+
+    jobs: arm-seeds at once, each on one thread. backend: joblib's "loky" (processes here), "ray" or "dask" (a cluster).
+    changes: overrides of every arm's config, by dotted name (a smaller size for a test, say).
+    """
+    import joblib
+
+    from stillroom.store import fingerprint
+
+    recipe = catalogue.load(name)
+    source = Path(recipe.__file__).read_text()
+    work = []
+    for arm in recipe.ARMS:
+        config = catalogue.config_of(recipe, arm, catalogue.configs.override(recipe.Config(), changes or {}))
+        # Named by what it ran, so that a changed recipe or config never meets old results.
+        place = folder / name / f"{arm}-{fingerprint(source, config)[:8]}"
+        work += [(arm, seed, joblib.delayed(_arm_seed)(name, arm, config, seed, place / f"seed{seed}", cache)) for seed in range(seeds)]
+    work.sort(key=lambda item: item[1])  # seed by seed, so that an early look shows whole pairs
+    if backend == "ray":
+        try:
+            from ray.util.joblib import register_ray
+        except ImportError:
+            raise UserError("--backend ray needs ray: pip install 'stillroom[ray]'", code=2) from None
+        register_ray()
+    with joblib.parallel_config(backend=backend, n_jobs=jobs):
+        if backend == "loky":
+            stream = joblib.Parallel(return_as="generator")(call for _, _, call in work)
+        else:
+            stream = joblib.Parallel()(call for _, _, call in work)
+        results = []
+        for (arm, seed, _), result in zip(work, stream, strict=True):
+            results.append((arm, seed, result))
+            if progress:
+                progress(f"{name} {arm} seed {seed}: {result['seconds']:.1f} s")
+    by_arm = {arm: [(seed, result) for a, seed, result in results if a == arm] for arm in recipe.ARMS}
+    metrics = {arm: [result["metrics"] for _, result in runs] for arm, runs in by_arm.items()}
+    return {
+        "recipe": name,
+        "claims": [outcome(claim, metrics) for claim in recipe.CLAIMS],
+        "seeds": seeds,
+        "changes": changes or {},
+        "arms": {
+            arm: {
+                "config": recipe.ARMS[arm],
+                "seconds": round(statistics.fmean(result["seconds"] for _, result in runs), 1),
+                "metrics": {str(seed): result["metrics"] for seed, result in runs},
+            }
+            for arm, runs in by_arm.items()
+        },
+        "source": fingerprint(source),
+        **{k: v for k, v in results[0][2].items() if k in ("versions", "processor", "commit")},
+    }
+
+
+def _arm_seed(name: str, arm: str, config: Any, seed: int, folder: Path, cache: Path | None) -> dict[str, Any]:
+    import torch
+
+    from stillroom.run import Run
+    from stillroom.store import Store
+
+    torch.set_num_threads(1)
+    with Run(folder, seed, store=Store(cache), plots=False) as run:
+        return catalogue.execute(name, config, run, arm=arm)
+
+
+def ledger_folder() -> Path:
+    """Where ledgers are written: this checkout's `ledger/`, or `./ledger` when Stillroom is an installed package."""
+    checkout = Path(__file__).parents[1] / "ledger"
+    return checkout if (checkout.parent / "pyproject.toml").exists() else Path("ledger")
+
+
+def read_ledger(folder: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Ledger entries by recipe: those that came with the package, and those in `folder` over them."""
+    entries = {}
+    for place in (Path(__file__).parent / "ledger", folder or ledger_folder()):
+        for file in sorted(place.glob("*.json")):
+            entries[file.stem] = json.loads(file.read_text())
+    return entries
+
+
+def write_ledger(entry: dict[str, Any], folder: Path | None = None) -> Path:
+    from stillroom.store import write_atomic
+
+    folder = folder or ledger_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{entry['recipe']}.json"
+    write_atomic(file, json.dumps(entry, indent=1, default=float) + "\n")
+    return file
+
+
+def number(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.4g}"
+
+
+def as_markdown(entries: dict[str, dict[str, Any]]) -> str:
+    """docs/ledger.md: per recipe its claims, paper beside ours, and the means of every arm."""
+    lines = [
+        "# The ledger",
+        "",
+        "Written by `stillroom ledger` from `ledger/*.json`, which `stillroom verify` writes. *Difference* is the mean paired difference "
+        "in the claimed direction with its 95 % interval; a claim *holds* when the whole interval lies beyond the margin.",
+    ]
+    for name, entry in entries.items():
+        lines += ["", f"## {name}", "", f"{entry['seeds']} seeds, {entry['processor']}, torch {entry['versions']['torch']}.", ""]
+        lines += ["| claim | metric | arm | versus | difference | margin | verdict | paper |", "|---|---|---|---|---|---|---|---|"]
+        for c in entry["claims"]:
+            interval = f"{number(c['difference'])} [{number(c['low'])}, {number(c['high'])}]"
+            versus = c["versus"] if isinstance(c["versus"], str) else number(c["versus"])
+            cells = [c["text"], f"{c['metric']} ({c['better']})", c["arm"], versus, interval, number(c["margin"]), f"**{c['verdict']}**"]
+            lines.append("| " + " | ".join([*cells, c["paper"]]) + " |")
+        names = list(dict.fromkeys(k for arm in entry["arms"].values() for m in arm["metrics"].values() for k in m))
+        lines += ["", "| arm | " + " | ".join(names) + " | seconds |", "|---|" + "---|" * (len(names) + 1)]
+        for arm, record in entry["arms"].items():
+            columns = [[m[k] for m in record["metrics"].values() if k in m] for k in names]
+            cells = [f"{statistics.fmean(c):.4g} ± {statistics.stdev(c) if len(c) > 1 else 0:.2g}" if c else "" for c in columns]
+            lines.append(f"| {arm} | " + " | ".join(cells) + f" | {record['seconds']} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,338 @@
+"""The `stillroom` command. Flags are dataclass fields, read by tyro; a recipe is imported only when its command needs it.
+
+Exit codes: 0 done, 1 failed, 2 usage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from stillroom import catalogue, claims
+from stillroom.config import Count, NonNegative
+from stillroom.errors import UserError
+
+app = tyro.extras.SubcommandApp()
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What every run takes, whatever the recipe."""
+
+    out: Path | None = None
+    """Run folder; continued if it holds the same run. Default: runs/NAME, with a suffix when flags differ from the defaults."""
+    seed: int = 0
+    """Seed of every random draw."""
+    arm: str | None = None
+    """Which of the recipe's arms to run; default: its method."""
+    full: bool = False
+    """Start from the paper's hyper-parameters instead of the laptop's."""
+    baseline: bool = True
+    """Also run the arm without the method, for the final table."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; default: an accelerator if there is one."""
+    engine: Literal["auto", "local", "ddp", "fsdp2"] = "auto"
+    """Processes; auto is ddp under a launcher such as torchrun."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the networks' forward passes."""
+    accumulate: Count = 1
+    """Chunks that each step's batch is split into, to save memory; the result is that of the whole batch."""
+    threads: int | None = None
+    """CPU threads; default: torch's."""
+    deterministic: bool = False
+    """Deterministic kernels on accelerators too (on CPU they are)."""
+    save_seconds: NonNegative = 30.0
+    """Time between checkpoints."""
+    cache: Path | None = None
+    """Folder of the store shared by runs; default: $STILLROOM_CACHE, else the platform's cache folder."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run folder."""
+    overwrite: bool = False
+    """Delete what the run folder holds and start again."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+@app.command(name="list")
+def list_(family: Positional[str | None] = None) -> None:
+    """The catalogue by family, with the verdict of each claim.
+
+    Args:
+        family: show only this family.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    cards = [card for card in catalogue.cards().values() if family in (None, card.family)]
+    if not cards:
+        raise UserError(
+            f"no family is called {family!r}; there are {', '.join(sorted({c.family for c in catalogue.cards().values()}))}.", code=2
+        )
+    ledger = claims.read_ledger()
+    table = Table("recipe", "what it does", "claims", box=None, header_style="bold", pad_edge=False)
+    for group in sorted({card.family for card in cards}):
+        table.add_row(f"[bold]{group}[/]")
+        for card in (c for c in cards if c.family == group):
+            marks = {"holds": "[green]holds[/]", "fails": "[red]fails[/]", "undecided": "[yellow]undecided[/]"}
+            verdicts = [c["verdict"] for c in ledger.get(card.name, {}).get("claims", [])]
+            counts = ", ".join(f"{verdicts.count(v)} {marks[v]}" for v in marks if v in verdicts)
+            table.add_row(f"  {card.name}", card.title + (" [dim](baseline)[/]" if card.baseline else ""), counts or "[dim]not verified[/]")
+    Console().print(table)
+
+
+@app.command
+def show(name: Positional[str]) -> None:
+    """The card of a recipe: what it is, its arms, claims with verdicts and cost, and its flags.
+
+    Args:
+        name: a recipe of `stillroom list`.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from stillroom.config import flatten
+
+    card, recipe = catalogue.find(name), catalogue.load(name)
+    entry = claims.read_ledger().get(name, {})
+    console = Console(highlight=False)
+    console.print(
+        f"[bold]{name}[/]  ({card.family}{', baseline' if card.baseline else ''})\n",
+        (recipe.__doc__ or "").strip(),
+        "",
+        sep="\n",
+        markup=True,
+    )
+    table = Table("arm", "differs by", "seconds a seed", box=None, header_style="bold", pad_edge=False)
+    for arm, changes in recipe.ARMS.items():
+        differs = ", ".join(f"{k} = {v}" for k, v in changes.items()) or "the defaults"
+        table.add_row(arm, differs, str(entry.get("arms", {}).get(arm, {}).get("seconds", "")))
+    console.print(table, "")
+    for i, claim in enumerate(recipe.CLAIMS):
+        verdict = entry["claims"][i]["verdict"] if i < len(entry.get("claims", [])) else "not verified"
+        console.print(f"claim: {claim.text}: {claim.metric} of {claim.arm} {claim.better} than {claim.versus}  [bold]{verdict}[/]")
+    console.print(f"\nflags of `stillroom run {name}` (--help explains them), laptop default and paper:")
+    small, full = flatten(recipe.Config()), flatten(recipe.full())
+    for key, value in small.items():
+        paper = f"   paper: {full[key]}" if full[key] != value else ""
+        console.print(f"  --{key.replace('_', '-')} {value}{paper}", markup=False)
+
+
+@app.command(name="run")
+def run_(name: Positional[str]) -> None:
+    """Run a recipe and the same without its method; print the final table and write a report. `stillroom run NAME --help`: its flags.
+
+    Args:
+        name: a recipe of `stillroom list`.
+    """
+
+
+def run_recipe(name: str, args: list[str]) -> None:
+    """`stillroom run NAME …`: the recipe's config fields and RunOptions are its flags."""
+    recipe = catalogue.load(name)
+    preset = recipe.full() if "--full" in args else recipe.Config()
+    fields: list[Any] = [("options", OmitArgPrefixes[RunOptions]), ("config", OmitArgPrefixes.__class_getitem__(recipe.Config))]
+    kind: Any = dataclasses.make_dataclass("Flags", fields, namespace={"__doc__": recipe.__doc__})
+    flags = tyro.cli(kind, args=args, default=kind(RunOptions(), preset), prog=f"stillroom run {name}")
+    from stillroom.config import check
+
+    check(flags.options)
+    check(flags.config)
+    execute_run(name, recipe, flags.options, flags.config)
+
+
+def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> None:
+    import torch
+
+    from stillroom import engine, report
+    from stillroom.run import Interrupted, Run
+    from stillroom.store import Store, fingerprint
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    method, versus = (recipe.CLAIMS[0].arm, recipe.CLAIMS[0].versus) if recipe.CLAIMS else (next(iter(recipe.ARMS)), None)
+    method = options.arm or method
+    plain = (config, options.seed, method) == (recipe.Config(), 0, options.arm or method) and options.arm is None
+    suffix = "" if plain else f"-{fingerprint(config, options.seed, method)[:6]}"
+    folder = options.out or Path("runs") / (name + suffix)
+    if options.overwrite and folder.exists():
+        _delete_run(folder)
+    placed = engine.make(options.engine, options.device, options.precision)
+    settings: dict[str, Any] = {"engine": placed, "store": Store(options.cache), "accumulate": options.accumulate}
+    settings |= {"save_seconds": options.save_seconds, "progress": not options.quiet, "tensorboard": options.tensorboard}
+    try:
+        with Run(folder, options.seed, **settings) as run:
+            arms = [(method, run)]
+            if options.baseline and isinstance(versus, str) and versus != method:
+                arms.append((versus, Run(folder / "baseline", options.seed, **settings)))
+            for arm, place in arms:
+                catalogue.execute(name, catalogue.config_of(recipe, arm, config), place, arm=arm)
+                place.close()
+            if not run.rank:
+                page = report.write(folder)
+                report.print_table(report.table(folder))
+                print(f"report: {page}")
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        note = str(stopped) or f"stopped; the last checkpoints are in {folder}"
+        raise UserError(f"{note}.\nGive the same command to continue.") from None
+
+
+def _delete_run(folder: Path) -> None:
+    """Only what is recognisably a run, and not in use, is deleted."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / "config.json").exists() and any(folder.iterdir()):
+        raise UserError(f"--overwrite: {folder} does not look like a run folder (it has no config.json), so it is left alone.", code=2)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            shutil.rmtree(folder)
+    except Timeout:
+        raise UserError(f"{folder} is in use by another live process.") from None
+
+
+@app.command
+def verify(
+    name: Positional[str | None] = None,
+    all: bool = False,
+    seeds: Count = 5,
+    jobs: Count = 2,
+    backend: Literal["loky", "ray", "dask"] = "loky",
+    out: Path = Path("runs/verify"),
+    ledger: Path | None = None,
+    cache: Path | None = None,
+) -> None:
+    """Check a recipe's claims on this machine: every arm over paired seeds, one table, and an entry of the ledger.
+
+    Args:
+        name: a recipe of `stillroom list`.
+        all: every recipe.
+        seeds: paired seeds, from 0.
+        jobs: arm-seeds at once, each on one thread.
+        backend: joblib's: processes here, or the ray or dask cluster that this process is connected to.
+        out: where the runs are kept; what finished there is not run again.
+        ledger: folder of the ledger; default: this checkout's, else ./ledger.
+        cache: the store; default: $STILLROOM_CACHE, else the platform's cache folder.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm import tqdm
+
+    if (name is None) == (not all):
+        raise UserError("give the name of a recipe, or --all.", code=2)
+    for each in catalogue.cards() if name is None else [name]:
+        arms = len(catalogue.load(each).ARMS)
+        with tqdm(total=arms * seeds, desc=each, leave=False, disable=None) as bar:
+
+            def progress(line: str, bar: Any = bar) -> None:
+                bar.update()
+                bar.set_postfix_str(line)
+
+            entry = claims.verify(each, seeds, jobs, folder=out, cache=cache, backend=backend, progress=progress)
+        file = claims.write_ledger(entry, ledger)
+        table = Table(
+            "claim",
+            "metric",
+            "arm",
+            "versus",
+            "difference [95 %]",
+            "margin",
+            "verdict",
+            title=f"{each}, {seeds} seeds",
+            title_justify="left",
+        )
+        for c in entry["claims"]:
+            interval = f"{claims.number(c['difference'])} [{claims.number(c['low'])}, {claims.number(c['high'])}]"
+            table.add_row(
+                c["text"], c["metric"], c["arm"], str(c["versus"]), interval.replace("[", "\\["), claims.number(c["margin"]), c["verdict"]
+            )
+        Console().print(table)
+        print(f"written: {file}")
+
+
+@app.command
+def ledger(folder: Path | None = None, out: Path = Path("docs/ledger.md")) -> None:
+    """Write docs/ledger.md anew from the ledger's entries.
+
+    Args:
+        folder: of the entries; default: this checkout's ledger, else ./ledger.
+        out: the page.
+    """
+    from stillroom.store import write_atomic
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, claims.as_markdown(claims.read_ledger(folder)))
+    print(out)
+
+
+@app.command
+def compare(runs: Positional[tuple[Path, ...]], out: Path = Path("compare.html")) -> None:
+    """One page for several runs: their tables, curves and configs side by side.
+
+    Args:
+        runs: run folders.
+        out: the page.
+    """
+    from stillroom import report
+
+    print(report.compare(list(runs), out))
+
+
+@app.command
+def cache(clear: bool = False, name: str | None = None, folder: Path | None = None) -> None:
+    """List what runs share (trained teachers, teacher signals), with sizes; or clear it.
+
+    Args:
+        clear: delete the entries that no process is using.
+        name: only entries of this name.
+        folder: the store; default: $STILLROOM_CACHE, else the platform's cache folder.
+    """
+    import time
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from stillroom.store import Store
+
+    store = Store(folder)
+    if clear:
+        count, size = store.clear(name)
+        return print(f"deleted {count} entries, {size / 1e6:.1f} MB")
+    table = Table("entry", "MB", "last used", "folder", box=None, header_style="bold", pad_edge=False)
+    entries = [e for e in store.entries() if name in (None, e["name"])]
+    for e in entries:
+        table.add_row(e["name"], f"{e['bytes'] / 1e6:.2f}", time.strftime("%Y-%m-%d %H:%M", time.localtime(e["used"])), e["folder"].name)
+    Console().print(table)
+    print(f"{len(entries)} entries, {sum(e['bytes'] for e in entries) / 1e6:.1f} MB in {store.folder}")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Parse and execute; the exit code. A UserError is printed without a traceback."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        if args[:1] == ["run"] and len(args) > 1 and not args[1].startswith("-"):
+            run_recipe(args[1], args[2:])
+        else:
+            app.cli(args=args, prog="stillroom", description="Model distillation: run published systems, and check their claims.")
+    except UserError as error:
+        print(f"stillroom: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("stillroom: stopped", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if (error.filename is None and error.errno is None) or os.environ.get("STILLROOM_TRACEBACK"):
+            raise
+        print(f"stillroom: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        return 1
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2 if stop.code else 0
+    return 0

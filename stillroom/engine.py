@@ -1,0 +1,264 @@
+"""Devices and processes. Everything that differs between one process, DDP and FSDP2 is here; recipes never see it.
+
+`Local` is plain torch, `Ddp` goes through Accelerate, `Fsdp2` through torch's own `fully_shard` (Accelerate prepares only one
+model per call there, and ignores the request on CPU).  One launch line serves all: `torchrun --nproc-per-node N -m stillroom run …`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from stillroom.errors import UserError
+from stillroom.optim import BuildOptimizer
+
+Precision = Literal["fp32", "bf16"]
+
+
+def is_bare(net: Any) -> bool:
+    """Parameters without a forward pass (synthetic images, architecture weights): no wrapper can see them used."""
+    return isinstance(net, nn.ParameterDict | nn.ParameterList | torch.Tensor | list)
+
+
+def parameters(net: Any) -> list[Any]:
+    return [net] if isinstance(net, torch.Tensor) else list(net) if isinstance(net, list) else list(net.parameters())
+
+
+class Local:
+    """One process on one device."""
+
+    rank, world, local_rank = 0, 1, 0
+
+    def __init__(self, device: str | None = None, precision: Precision = "fp32"):
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        try:
+            self.device = torch.device(device or accelerator or "cpu")
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {device!r} is not usable here: {str(error).splitlines()[0]}", code=2) from None
+        self.precision = precision
+
+    # -- roles
+    def trainable(self, net: Any, build: BuildOptimizer) -> tuple[Any, torch.optim.Optimizer]:
+        if isinstance(net, nn.Module):
+            net = self._autocast(net.to(self.device).train())
+        elif any(p.device != self.device for p in parameters(net)):
+            raise ValueError(f"bare parameters must already be on {self.device}")
+        return net, build(parameters(net))
+
+    def frozen(self, net: nn.Module) -> nn.Module:
+        return self._autocast(net.to(self.device).eval().requires_grad_(False))
+
+    def copy(self, net: nn.Module) -> nn.Module:
+        """An independent, frozen copy in the same layout (for an EMA)."""
+        twin = copy.deepcopy(self.unwrap(net))
+        twin.__dict__.pop("forward", None)  # the autocast wrapper is bound to the original
+        return self.frozen(twin)
+
+    def unwrap(self, net: Any) -> Any:
+        return net
+
+    def _autocast(self, net: nn.Module) -> nn.Module:
+        if self.precision == "bf16" and "forward" not in net.__dict__:
+            net.forward = torch.autocast(self.device.type, torch.bfloat16)(net.forward)  # type: ignore[method-assign]
+        return net
+
+    # -- gradients
+    def synchronise(self, net: Any, now: bool) -> None:
+        """Whether the coming backward passes of `net` exchange gradients (only the last chunk of an accumulated step does)."""
+
+    def average(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Average tensors over processes, in place (gradients of bare parameters)."""
+
+    def clip(self, params: list[nn.Parameter], norm: float) -> torch.Tensor:
+        return nn.utils.clip_grad_norm_(params, norm)
+
+    # -- collectives
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The concatenation over processes, in rank order, along the first dimension."""
+        return tensor
+
+    def barrier(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The block runs on rank 0, then on the others."""
+        if self.rank:
+            self.barrier()
+        yield
+        if not self.rank:
+            self.barrier()
+
+    # -- state, the same on disk for every engine
+    def state(self, net: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        net = self.unwrap(net)
+        tensors = dict(enumerate(parameters(net))) if is_bare(net) else net.state_dict()
+        return {"net": tensors} | ({"optimizer": optimizer.state_dict()} if optimizer else {})
+
+    def load(self, net: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
+        net = self.unwrap(net)
+        if is_bare(net):
+            with torch.no_grad():
+                for i, parameter in enumerate(parameters(net)):
+                    parameter.copy_(state["net"][i])
+        else:
+            net.load_state_dict(state["net"])
+        if optimizer:
+            optimizer.load_state_dict(state["optimizer"])
+
+
+class _Distributed(Local):
+    """What DDP and FSDP2 share: the process group's collectives."""
+
+    def average(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= self.world
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()
+
+
+class Ddp(_Distributed):
+    """One replica a process; each trainable module is prepared by Accelerate, so its launcher and environment variables apply."""
+
+    def __init__(self, device: str | None = None, precision: Precision = "fp32"):
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        # Recipes with gates, exits or discriminators leave parameters out of some steps.
+        keywords = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(
+            cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[keywords]
+        )
+        self.device, self.precision = self.accelerator.device, precision
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.local_rank = self.accelerator.local_process_index
+
+    def trainable(self, net: Any, build: BuildOptimizer) -> tuple[Any, torch.optim.Optimizer]:
+        if is_bare(net):
+            return super().trainable(net, build)
+        net = self.accelerator.prepare_model(net.train())
+        return net, build(net.parameters())
+
+    def unwrap(self, net: Any) -> Any:
+        return net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
+
+    def synchronise(self, net: Any, now: bool) -> None:
+        if isinstance(net, nn.parallel.DistributedDataParallel):
+            net.require_backward_grad_sync = now
+
+
+class Fsdp2(_Distributed):
+    """Every role is sharded on its own, whole-module granularity plus each child that holds at least a million parameters."""
+
+    def __init__(self, device: str | None = None, precision: Precision = "fp32"):
+        self.rank, self.world, self.local_rank = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        super().__init__(device, precision)
+        if self.device.type != "cpu":
+            self.device = torch.device(self.device.type, self.local_rank)
+            torch.accelerator.set_device_index(self.local_rank)
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo" if self.device.type == "cpu" else None)
+        self.mesh = torch.distributed.init_device_mesh(self.device.type, (self.world,))
+
+    def _shard(self, net: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.precision == "bf16" else MixedPrecisionPolicy()
+        template = copy.deepcopy(net).to("meta")
+        net = net.to(self.device)
+        for child in reversed(list(net.modules())[1:]):
+            own, total = (sum(p.numel() for p in child.parameters(recurse=r)) for r in (False, True))
+            if own == 0 and total >= 1_000_000 and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+                fully_shard(child, mesh=self.mesh, mp_policy=policy)
+        fully_shard(net, mesh=self.mesh, mp_policy=policy)
+        object.__setattr__(net, "_template", template)  # not a submodule: it must not enter the state
+        return net
+
+    def trainable(self, net: Any, build: BuildOptimizer) -> tuple[Any, torch.optim.Optimizer]:
+        if is_bare(net):
+            return super().trainable(net, build)
+        net = self._shard(net.train())
+        return net, build(net.parameters())
+
+    def frozen(self, net: nn.Module) -> nn.Module:
+        return self._shard(net.eval().requires_grad_(False))
+
+    def copy(self, net: nn.Module) -> nn.Module:
+        template: Any = net._template
+        twin = self.frozen(copy.deepcopy(template).to_empty(device=self.device))
+        with torch.no_grad():
+            for new, old in zip([*twin.parameters(), *twin.buffers()], [*net.parameters(), *net.buffers()], strict=True):
+                new.copy_(old)
+        return twin
+
+    def synchronise(self, net: Any, now: bool) -> None:
+        if hasattr(net, "set_requires_gradient_sync"):
+            net.set_requires_gradient_sync(now)
+
+    def clip(self, params: list[nn.Parameter], norm: float) -> torch.Tensor:
+        total = nn.utils.clip_grad_norm_(params, norm)
+        return total.full_tensor() if hasattr(total, "full_tensor") else total
+
+    @functools.cached_property
+    def _options(self) -> Any:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+        return StateDictOptions(full_state_dict=True, cpu_offload=False)
+
+    def state(self, net: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        if is_bare(net):
+            return super().state(net, optimizer)
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        tensors, moments = get_state_dict(net, optimizer or (), options=self._options)
+        return {"net": tensors} | ({"optimizer": moments} if optimizer else {})
+
+    def load(self, net: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
+        if is_bare(net):
+            return super().load(net, optimizer, state)
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        optimizers = optimizer or ()
+        set_state_dict(
+            net, optimizers, model_state_dict=state["net"], optim_state_dict=state.get("optimizer", {}), options=self._options
+        )  # fmt: skip
+
+
+def make(kind: Literal["auto", "local", "ddp", "fsdp2"] = "auto", device: str | None = None, precision: Precision = "fp32") -> Local:
+    """The engine for this process: "auto" is DDP under a launcher that started several processes, else local."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if kind in ("ddp", "fsdp2") and "RANK" not in os.environ:
+        raise UserError(
+            f"--engine {kind} needs a launcher: torchrun --nproc-per-node 2 -m stillroom run NAME --engine {kind}", code=2
+        )  # fmt: skip
+    if kind == "fsdp2":
+        return Fsdp2(device, precision)
+    if kind == "ddp" or (kind == "auto" and several):
+        try:
+            return Ddp(device, precision)
+        except ImportError:
+            raise UserError("several processes need accelerate: pip install 'stillroom[hf]'") from None
+    return Local(device, precision)

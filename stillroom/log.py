@@ -1,0 +1,84 @@
+"""What a run writes down while it runs: metrics.jsonl, and the time spent."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillroom.errors import UserError
+
+
+class Clock:
+    """Wall-clock seconds of a run over all the processes that worked on it."""
+
+    def __init__(self) -> None:
+        self.started, self.earlier = time.monotonic(), 0.0
+
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.started
+
+
+class MetricsLog:
+    """Lines `{"loop": …, "step": …, NAME: number, …}`; a resumed loop first forgets the lines of the steps it will run again."""
+
+    def __init__(self, file: Path, writes: bool = True, tensorboard: bool = False):
+        self.file, self.writes, self.size = file, writes, 0
+        self._events: Any = _events(file.parent) if writes and tensorboard else None
+        self.record: dict[str, Any] = {}
+        self._lines: list[str] = []
+        self._flushed = time.monotonic()
+
+    def write(self, loop: str, step: int) -> None:
+        """End the record of this step. Numbers leave the device here, not when they were logged."""
+        numbers = {k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in self.record.items()}
+        self.record.clear()
+        if numbers and self.writes:
+            self._lines.append(json.dumps({"loop": loop, "step": step, **numbers}) + "\n")
+            for name, value in numbers.items() if self._events else ():
+                self._events.add_scalar(f"{loop}/{name}", value, step)
+            if time.monotonic() - self._flushed > 2:
+                self.flush()
+
+    def flush(self) -> int:
+        """Bring all lines to the file; its size in bytes."""
+        if self._lines:
+            with open(self.file, "a") as out:
+                out.writelines(self._lines)
+            self._lines.clear()
+        self._flushed = time.monotonic()
+        self.size = self.file.stat().st_size if self.file.exists() else 0
+        return self.size
+
+    def truncate(self, size: int | None = None) -> None:
+        """Forget what was logged after the file had `size` bytes (default: after the last finished loop)."""
+        self.size = self.size if size is None else size
+        if self.writes and self.file.exists() and self.file.stat().st_size > self.size:
+            os.truncate(self.file, self.size)
+
+
+def _events(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package: pip install 'stillroom[tensorboard]'", code=2) from None
+    return SummaryWriter(str(folder))
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not file.exists():
+        return []
+    lines = file.read_text().splitlines()
+    records = []
+    for i, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if i + 1 < len(lines):
+                raise
+    return records

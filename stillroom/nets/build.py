@@ -1,0 +1,73 @@
+"""Small networks by name, and the pruning of a classifier's outputs."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.errors import UserError
+from stillroom.nets.convnet import ConvNet
+from stillroom.nets.mlp import Mlp
+from stillroom.nets.resnet import PreActResNet18, ResNet
+
+NAMES = ("mlp", "mlp-256x256", "convnet", "convnet-w16", "resnet8", "resnet20", "resnet32", "preact-resnet18")
+"""Examples; any widths, and any resnet of 6n+2 layers, can be built."""
+
+
+def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    """A freshly initialised classifier of images (B, channels, size, size) in [0, 1], which it normalises by `mean` and `std`.
+
+    `mlp-AxB` has hidden layers of A and B units (`mlp`: 256x256), `convnet-wN` stages of N, 2N and 4N channels (`convnet`: 16), `resnetD`
+    D = 6n+2 layers; `preact-resnet18`. Each has `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like.
+    UserError for any other name.
+    """
+    shape: dict[str, Any] = {"classes": classes, "channels": channels, "size": size, "mean": tuple(mean), "std": tuple(std)}
+    if name == "preact-resnet18":
+        return PreActResNet18(**shape)
+    if match := re.fullmatch(r"mlp(?:-([1-9]\d*(?:x[1-9]\d*)*))?", name):
+        return Mlp(**shape, widths=[int(width) for width in (match[1] or "256x256").split("x")])
+    if match := re.fullmatch(r"convnet(?:-w([1-9]\d*))?", name):
+        return ConvNet(**shape, width=int(match[1] or 16))
+    if (match := re.fullmatch(r"resnet(\d+)", name)) and int(match[1]) >= 8 and int(match[1]) % 6 == 2:
+        return ResNet(**shape, depth=int(match[1]))
+    near = difflib.get_close_matches(name, NAMES, cutoff=0.5)
+    raise UserError(f"There is no small network {name!r}. {'Near' if near else 'There are'}: {', '.join(near or NAMES)}.")
+
+
+def keep_outputs(net: nn.Module, rows: slice | Tensor) -> nn.Module:
+    """A deep copy of a classifier that gives only these of its logits: its last linear layer loses the other rows.
+
+    For training with several heads held in one linear layer, of which one is kept. The declared number of classes follows (`spec` of a
+    small network; num_labels and label names of a transformers config). ValueError if no linear layer has the declared outputs.
+    """
+    net = copy.deepcopy(net)
+    model = next((module for module in net.modules() if hasattr(getattr(module, "config", None), "id2label")), None)
+    spec: Any = getattr(net, "spec", None)
+    declared = model.config.num_labels if isinstance(model, nn.Module) else spec["classes"] if spec else None  # type: ignore[union-attr]
+    linears = [m for m in net.modules() if isinstance(m, nn.Linear) and declared in (None, m.out_features)]
+    if not linears:
+        raise ValueError(f"{type(net).__name__} has no linear layer of {declared or 'any'} outputs")
+    head = linears[-1]
+    kept = torch.arange(head.out_features)[rows.cpu() if isinstance(rows, Tensor) else rows]
+    with torch.no_grad():
+        head.weight = nn.Parameter(head.weight[kept].clone(), head.weight.requires_grad)
+        if head.bias is not None:
+            head.bias = nn.Parameter(head.bias[kept].clone(), head.bias.requires_grad)
+    head.out_features = len(kept)
+    if isinstance(model, nn.Module):
+        config: Any = model.config
+        names = [config.id2label[row] for row in kept.tolist()]
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        for module in net.modules():
+            if hasattr(module, "num_labels"):
+                module.num_labels = len(kept)  # type: ignore[assignment]
+    if spec:
+        net.spec = {**spec, "classes": len(kept)}  # type: ignore[assignment]
+    return net

@@ -1,0 +1,252 @@
+"""Reports: one self-contained HTML page per run (or for several), the final table, and pictures that follow the page's theme."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stillroom import catalogue, log
+from stillroom.errors import UserError
+from stillroom.store import write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+INK = "#123456"  # stands for the page's text colour while matplotlib draws
+COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899")
+
+# Metrics with a name, unit and scale of their own; all others are shown as they are.
+SHOWN: dict[str, tuple[str, str, float, int]] = {
+    "accuracy": ("accuracy", "%", 100, 2),
+    "ece": ("calibration error", "%", 100, 2),
+    "nll": ("log loss", "", 1, 4),
+    "aurc": ("AURC x1000", "", 1000, 2),
+    "parameters": ("parameters", "", 1, 0),
+    "bytes": ("file", "kB", 1e-3, 1),
+    "latency_ms": ("latency", "ms", 1, 3),
+    "throughput": ("throughput", "/s", 1, 0),
+}
+
+
+def shown(metric: str, value: float | None) -> str:
+    """A metric's value for people."""
+    if value is None:
+        return ""
+    _, unit, scale, digits = SHOWN.get(metric, (metric, "", 1.0, -1))
+    text = f"{value:.4g}" if digits < 0 else f"{value * scale:,.{digits}f}"
+    return f"{text} {unit}".strip() if unit != "%" else f"{text} %"
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------------------
+def svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.2, 3.3)) -> str:
+    """What `draw(axes)` draws on matplotlib axes, as SVG whose ink is the page's text colour."""
+    from cycler import cycler
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style: dict[str, Any] = dict.fromkeys(ink, INK) | {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "stillroom",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": INK,
+        "grid.alpha": 0.12,
+        "legend.frameon": False,
+        "axes.prop_cycle": cycler(color=COLOURS),
+    }
+    with rc_context(style):  # type: ignore[arg-type]
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def png(images: torch.Tensor, columns: int = 8) -> bytes:
+    """A grid of images (N, C, H, W) in [0, 1]; grey ones have C = 1. Small ones are enlarged without smoothing."""
+    from PIL import Image
+    from torch.nn.functional import pad
+
+    images = images.detach().float().clamp(0, 1).cpu()
+    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    images = pad(images, (1, 1, 1, 1, 0, 0, 0, rows * columns - len(images)), value=1.0).unflatten(0, (rows, columns))
+    picture = Image.fromarray(images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).mul(255).round().byte().numpy())
+    scale = max(1, 640 // picture.width)
+    buffer = io.BytesIO()
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# -- what a run folder says --------------------------------------------------------------------------------------------------------
+def read(folder: Path) -> dict[str, Any]:
+    """A finished run's result. UserError for a folder without one."""
+    file = folder / "result.json"
+    if not file.exists():
+        raise UserError(f"{folder} holds no finished run (no result.json); continue it with its `stillroom run` command first.")
+    return json.loads(file.read_text())
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    """The final table: teacher, student without the method, student with it. Each row has a name and metrics."""
+    result = read(folder)
+    student = f"student: {result['arm'] or 'method'}"
+    rows = result["rows"] or [{"name": "student", **result["metrics"]}]
+    teachers = [row for row in rows if row["name"] != "student"]
+    mine = [{**row, "name": student} for row in rows if row["name"] == "student"]
+    if not (folder / "baseline" / "result.json").exists():
+        return teachers + mine
+    other = read(folder / "baseline")
+    rows = other["rows"] or [{"name": "student", **other["metrics"]}]
+    return teachers + [{**row, "name": f"student: {other['arm']}"} for row in rows if row["name"] == "student"] + mine
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(k for row in rows for k in row if k != "name"))
+    out = Table("", box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        out.add_column(SHOWN[column][0] if column in SHOWN else column, justify="right")
+    for row in rows:
+        out.add_row(row["name"], *(shown(c, row.get(c)) for c in columns))
+    Console().print(out)
+
+
+def command(result: dict[str, Any]) -> str:
+    """The command line that makes this run again."""
+    words = ["stillroom", "run", result["recipe"]] + (["--seed", str(result["seed"])] if result["seed"] else [])
+    for name, value in changed(result).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            head, _, tail = flag.rpartition(".")
+            words.append(f"--{flag}" if value else f"--{head + '.' if head else ''}no-{tail}")
+        else:
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return " ".join(f"'{w}'" if " " in w else w for w in words)
+
+
+def changed(result: dict[str, Any]) -> dict[str, Any]:
+    """Config values that are neither the defaults nor what the run's arm sets."""
+    from stillroom.config import flatten
+
+    recipe = catalogue.load(result["recipe"])
+    usual = json.loads(json.dumps(flatten(catalogue.config_of(recipe, result["arm"])), default=str))
+    return {k: v for k, v in result["config"].items() if usual.get(k) != v}
+
+
+def _curves(sources: Iterable[tuple[str, Path]]) -> list[tuple[str, str]]:
+    """One SVG per logged number, with a line per (run, stage)."""
+    lines: dict[str, list[tuple[str, list, list]]] = {}
+    for label, folder in sources:
+        for file in sorted([folder / "metrics.jsonl", *folder.glob("*/metrics.jsonl")]):
+            stage = "" if file.parent == folder else file.parent.name
+            if stage == "baseline":
+                continue
+            records = log.read(file)
+            for key in dict.fromkeys(k for r in records for k in r if k not in ("loop", "step")):
+                for loop in dict.fromkeys(r["loop"] for r in records if key in r):
+                    points = [(r["step"], r[key]) for r in records if r["loop"] == loop and key in r]
+                    name = " ".join(part for part in (stage, "" if loop == "train" else loop, key) if part)
+                    lines.setdefault(name, []).append((label, [x for x, _ in points], [y for _, y in points]))
+    return [(name, svg(lambda axes, name=name, series=series: _lines(axes, name, series))) for name, series in lines.items()]  # type: ignore[misc]
+
+
+def _lines(axes: Any, name: str, series: list[tuple[str, list, list]]) -> None:
+    for label, x, y in series:
+        axes.plot(x, y, label=label, linewidth=1.4)
+    positive = [v for _, _, y in series for v in y if v > 0]
+    if positive and all(v > 0 for _, _, y in series for v in y) and max(positive) > 50 * min(positive):
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_title(name, fontsize=10, loc="left")
+    if len(series) > 1:
+        axes.legend(fontsize=9)
+
+
+def _pictures(folder: Path, label: str) -> list[dict[str, str]]:
+    """Everything in samples/: SVG and HTML fragments as they are, PNG inlined."""
+    found = []
+    for file in sorted((folder / "samples").glob("*")):
+        entry = {"name": file.stem.replace("_", " ").replace("-", " "), "label": label, "kind": file.suffix}
+        if file.suffix in (".svg", ".html"):
+            found.append({**entry, "markup": file.read_text()})
+        elif file.suffix == ".png":
+            data = base64.b64encode(file.read_bytes()).decode()
+            found.append({**entry, "markup": f'<img class="pixels" alt="{entry["name"]}" src="data:image/png;base64,{data}">'})
+    return found
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------------------
+def write(folder: Path) -> Path:
+    """report.html of a finished run, with its baseline beside it."""
+    result = read(folder)
+    parts = [(result["arm"] or "method", folder)]
+    if (folder / "baseline" / "result.json").exists():
+        parts.insert(0, (read(folder / "baseline")["arm"], folder / "baseline"))
+    page = _page(catalogue.load(result["recipe"]).__doc__ or result["recipe"], table(folder), parts, [result])
+    write_atomic(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def compare(folders: list[Path], out: Path) -> Path:
+    """One page for several runs. UserError when one of them is not a finished run."""
+    if not folders:
+        raise UserError("give the folders of the runs to compare.", code=2)
+    results = [read(folder) for folder in folders]
+    rows = [{**row, "name": f"{folder.name}, {row['name']}"} for folder in folders for row in table(folder)]
+    title = f"{len(folders)} runs compared\n\n" + "\n".join(
+        f"{f.name}: {r['recipe']}, seed {r['seed']}" for f, r in zip(folders, results, strict=True)
+    )
+    write_atomic(out, _page(title, rows, [(f.name, f) for f in folders], results))
+    return out
+
+
+def _page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], results: list[dict[str, Any]]) -> str:
+    from jinja2 import Environment, FileSystemLoader
+
+    title, _, text = doc.strip().partition("\n")
+    columns = list(dict.fromkeys(k for row in rows for k in row if k != "name"))
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    keys = list(dict.fromkeys(k for r in results for k in r["config"]))
+    return environment.get_template("report.html").render(
+        title=title,
+        text=text.strip("\n"),
+        columns=[SHOWN[c][0] if c in SHOWN else c for c in columns],
+        rows=[(row["name"], [shown(c, row.get(c)) for c in columns]) for row in rows],
+        gains=_gains(rows) if len(results) == 1 else [],
+        curves=_curves(parts),
+        pictures=[picture for label, folder in parts for picture in _pictures(folder, label)],
+        names=[f.name for _, f in parts] if len(results) > 1 else ["value"],
+        config=[(k, [r["config"].get(k, "") for r in results], any(k in changed(r) for r in results)) for k in keys],
+        results=results,
+        commands=[command(r) for r in results],
+    )
+
+
+def _gains(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """(metric, student's value, comparison) for the cards on top: against the last row but one, the student without the method."""
+    if len(rows) < 2:
+        return []
+    student, other = rows[-1], rows[-2]
+    cards = []
+    for metric in [m for m in student if m in other and m != "name"][:4]:
+        label, unit, scale, _ = SHOWN.get(metric, (metric, "", 1.0, -1))
+        difference = (student[metric] - other[metric]) * scale
+        note = f"{difference:+.3g} {'points' if unit == '%' else unit} against {other['name'].removeprefix('student: ')}".replace("  ", " ")
+        cards.append((label, shown(metric, student[metric]), note))
+    return cards

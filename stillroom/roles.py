@@ -1,0 +1,129 @@
+"""Networks and how a run holds them: trainable roles and their updates, moving averages, the guard against values that are not finite."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from stillroom import engine as engines
+from stillroom.errors import UserError
+from stillroom.optim import BuildOptimizer, Optimizer
+
+if TYPE_CHECKING:
+    from stillroom.run import Run
+
+
+@dataclass
+class Role:
+    """A trainable network (or bare parameters) with the optimizer that holds it and the config that both came from."""
+
+    name: str
+    net: Any
+    optimizer: torch.optim.Optimizer
+    config: BuildOptimizer
+    parameters: list[nn.Parameter]
+    weight: Any = 0.0
+    """What the gradients accumulated in this step are to be divided by."""
+
+
+class Ema:
+    """An exponential moving average of a network's parameters; buffers are copied. `net` is a frozen network."""
+
+    def __init__(self, run: Run, source: nn.Module, decay: float):
+        self.run, self.source, self.decay, self.net = run, source, decay, run.engine.copy(source)
+
+    @torch.no_grad()
+    def update(self, decay: float | None = None) -> None:
+        """After an optimizer step: average <- decay * average + (1 - decay) * parameters. Waits for the last chunk of a step."""
+        if self.run.chunk + 1 < self.run.accumulate:
+            return
+        source = self.run.engine.unwrap(self.source)
+        mine, theirs = [[p.detach() for p in net.parameters()] for net in (self.net, source)]
+        torch._foreach_lerp_(mine, theirs, 1 - (self.decay if decay is None else decay))
+        for average, buffer in zip(self.net.buffers(), source.buffers(), strict=True):
+            average.copy_(buffer)
+
+
+def backward(run: Run, roles: list[Role], loss: torch.Tensor, weight: Any) -> None:
+    """Gradients of `loss` for `roles` only, weighted so that chunks and processes add up to the mean over the effective batch."""
+    if run.accumulate > 1:
+        for role in roles:
+            role.weight = role.weight + weight
+        loss = loss * weight
+    elif run.world > 1:
+        loss = loss * (weight * run.world / run.engine.sum(torch.as_tensor(weight, dtype=torch.float32, device=run.device)))
+    if len(run.roles) == len(roles):
+        loss.backward()
+    elif run.world == 1:
+        loss.backward(inputs=[p for role in roles for p in role.parameters if p.requires_grad])
+    else:  # DDP's and FSDP2's hooks need the ordinary backward: set the other roles' gradients aside meanwhile
+        others = [p for role in run.roles.values() if role not in roles for p in role.parameters]
+        aside = [p.grad for p in others]
+        for p in others:
+            p.grad = None
+        loss.backward()
+        for p, gradient in zip(others, aside, strict=True):
+            p.grad = gradient
+
+
+def step(run: Run, role: Role) -> None:
+    """Average, normalise, clip, step and clear."""
+    gradients = [p.grad for p in role.parameters if p.grad is not None]
+    if run.world > 1 and engines.is_bare(role.net):
+        run.engine.average(gradients)
+    if run.accumulate > 1:
+        weight = role.weight
+        if run.world > 1:
+            weight = run.engine.sum(torch.as_tensor(weight, dtype=torch.float32, device=run.device)) / run.world
+        torch._foreach_div_(gradients, weight)
+        role.weight = 0.0
+    if isinstance(role.config, Optimizer) and role.config.clip:
+        norm = run.engine.clip(role.parameters, role.config.clip)
+        run.finite.check(role.name, norm, {"gradient norm": norm})
+        run.log(**{f"{role.name}/gradient norm": norm})
+    role.optimizer.step()
+    role.optimizer.zero_grad(set_to_none=True)
+
+
+class Finite:
+    """Stops a run at the first loss that is not finite, naming step, role and part."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._waiting: list[tuple[int, str, torch.Tensor, dict[str, torch.Tensor]]] = []
+
+    def check(self, who: str, total: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+        """On CPU at once; on an accelerator every 32 updates and before each save, so that work stays queued ahead of the host."""
+        if total.device.type == "cpu":
+            if not math.isfinite(total.item()):
+                self._stop(self.run.step, who, parts)
+            return
+        self._waiting.append((self.run.step, who, total.detach(), {k: v.detach() for k, v in parts.items()}))
+        if len(self._waiting) >= 32:
+            self.pending()
+
+    def pending(self) -> None:
+        if self._waiting and not torch.stack([total.float() for _, _, total, _ in self._waiting]).isfinite().all():
+            for step, who, total, parts in self._waiting:
+                if not torch.isfinite(total):
+                    self._stop(step, who, parts)
+        self._waiting.clear()
+
+    def parameters(self) -> None:
+        """Before a save: every trainable parameter."""
+        for role in self.run.roles.values():
+            norms = torch._foreach_norm([p.detach() for p in role.parameters if p.numel()], float("inf"))
+            if not all(bool(torch.isfinite(n.full_tensor() if hasattr(n, "full_tensor") else n)) for n in norms):
+                raise UserError(f"{self.run.path}, step {self.run.step}: parameters of {role.name!r} are not finite. {self._advice()}")
+
+    def _stop(self, step: int, who: str, parts: dict[str, torch.Tensor]) -> None:
+        bad = [f"{name} = {value.item()}" for name, value in parts.items() if not torch.isfinite(value)]
+        what = ", ".join(bad) or "the sum of finite parts overflows"
+        raise UserError(f"{self.run.path}, step {step}: the loss of {who!r} is not finite ({what}). {self._advice()}")
+
+    def _advice(self) -> str:
+        return f"The last good checkpoint in {self.run.folder} is kept; lower the learning rate, clip gradients, or use --precision fp32."

@@ -1,0 +1,408 @@
+"""`Run`: the services of one execution. It gives folders, seeds, placement, steps, checkpoints, logs; it never owns the step.
+
+    student, optimizer = run.trainable("student", net, cfg.optimizer)
+    for step in run.steps(cfg.steps):
+        index, images, labels = run.shard(batches(step))
+        run.update(optimizer, ce=..., kd=...)
+
+Resume is a property of the loop. Step i draws its random numbers from (seed, stage, loop, i, chunk, rank), batches are a pure
+function of (seed, step), and everything that changes is a role or tracked by name; so a run killed anywhere and started again ends
+bitwise where the uninterrupted one ends.  Draw from torch's generators only: they are what a step seeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from stillroom import engine as engines
+from stillroom import roles as held
+from stillroom.errors import UserError
+from stillroom.log import Clock, MetricsLog
+from stillroom.optim import BuildOptimizer, Optimizer
+from stillroom.roles import Ema, Finite, Role
+from stillroom.store import Store, replacing, write_atomic
+
+B = TypeVar("B")
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM arrived and the run saved its state."""
+
+
+class Run:
+    """One execution in one folder.
+
+    folder: where everything is kept; created. UserError when another live process uses it.
+    seed: of every random draw. engine: placement and processes (default: `engine.make()`).
+    store: results shared by runs. accumulate: chunks that each step's batch is split into.
+    save_seconds: time between checkpoints; every loop also saves at its end. plots: draw figures (off in verifications).
+    tensorboard: write event files beside metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        seed: int = 0,
+        *,
+        engine: engines.Local | None = None,
+        store: Store | None = None,
+        accumulate: int = 1,
+        save_seconds: float = 30.0,
+        progress: bool = False,
+        plots: bool = True,
+        tensorboard: bool = False,
+        parent: Run | None = None,
+        wait: bool = False,
+    ):
+        self.folder, self.seed, self.parent = Path(folder), seed, parent
+        self.path: str = self.folder.name if parent is None else f"{parent.path}/{self.folder.name}"
+        self._stream: str = "" if parent is None else f"{parent._stream}/{self.folder.name}"
+        self.engine, self.store = engine or engines.make(), store or Store()
+        self.accumulate, self.save_seconds, self.progress = accumulate, save_seconds, progress
+        self.plots, self.tensorboard = plots, tensorboard
+        self.device, self.rank, self.world = self.engine.device, self.engine.rank, self.engine.world
+        self.chunk = 0
+        self.rows: list[dict[str, Any]] = []
+        self.roles: dict[str, Role] = {}
+        self._tracked: dict[str, Any] = {}
+        self._loops: set[str] = set()
+        self.finite = Finite(self)
+        self._log = MetricsLog(self.folder / "metrics.jsonl", writes=not self.rank, tensorboard=tensorboard)
+        self._clock: Clock = parent._clock if parent is not None and not wait else Clock()
+        self.step, self._log_now = 0, True
+        self._lock: Any = None
+        if not self.rank:
+            self._open(wait)
+        self.engine.barrier()
+        self._seed("start")
+
+    def _open(self, wait: bool) -> None:
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.parent is None or wait:
+                self._lock = self.store.lock(self.folder) if wait else FileLock(self.folder / ".lock")
+                self._lock.acquire(timeout=-1 if wait else 0)
+            for leftover in self.folder.glob(".*.tmp"):
+                leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+        except Timeout:
+            raise UserError(f"{self.folder} is in use by another live process; wait for it, or choose another --out.") from None
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror or error}.") from None
+
+    def close(self) -> None:
+        """Give the folder free for other processes."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- stages and shared results -----------------------------------------------------------------------------------------------
+    def stage(self, name: str, *, shared: tuple | None = None) -> Run:
+        """A named part of the run with its own folder, seed stream and checkpoints; when it finished before, it only reloads.
+
+        shared: everything that decides its outcome, the functions that make it included. The stage is then kept in the store and
+        serves every run with equal inputs; while another process works on it, this one waits, and takes over if that one dies.
+        Use it as `with run.stage(…) as stage:`, whose end lets the others in.
+        """
+        settings = {k: getattr(self, k) for k in ("engine", "store", "accumulate", "save_seconds", "progress", "plots", "tensorboard")}
+        if shared is None:
+            return Run(self.folder / name, self.seed, parent=self, **settings)
+        placed = (str(self.device.type), self.engine.precision, self.world, self.accumulate)
+        stage = Run(self.store.entry(name, self.seed, placed, shared), self.seed, parent=self, wait=True, **settings)
+        stage.path, stage._stream = f"{self.path}/{name}", name  # its random draws must not depend on which run came first
+        stage._seed("start")
+        return stage
+
+    def cached(self, name: str, build: Callable[..., Mapping[str, torch.Tensor]], *inputs: Any) -> dict[str, torch.Tensor]:
+        """`build(*inputs)` from the store (see `Store.cached`), on this run's device."""
+        with self.engine.main_first():
+            tensors = self.store.cached(name, build, *inputs)
+        return {k: v.to(self.device) for k, v in tensors.items()}
+
+    # -- roles -------------------------------------------------------------------------------------------------------------------
+    def trainable(self, name: str, net: Any, optimizer: BuildOptimizer) -> tuple[Any, torch.optim.Optimizer]:
+        """Place a network (or bare parameters) and build its optimizer; both are saved and resumed under `name`.
+
+        optimizer: an `Optimizer` config, or any function from parameters to a torch optimizer (then without schedule or clipping).
+        """
+        if name in self.roles or name in self._tracked:
+            raise ValueError(f"this run already has something called {name!r}")
+        net, built = self.engine.trainable(net, optimizer)
+        self.roles[name] = Role(name, net, built, optimizer, engines.parameters(net))
+        return net, built
+
+    def frozen(self, net: nn.Module) -> nn.Module:
+        """A network that only answers: placed, in eval mode, without gradients, never saved."""
+        return self.engine.frozen(net)
+
+    def ema(self, name: str, net: nn.Module, decay: float) -> Ema:
+        """A moving average of a trainable network, saved and resumed under `name`; call its `update()` after each step."""
+        average = Ema(self, net, decay)
+        self.track(**{name: average})
+        return average
+
+    def track(self, **objects: Any) -> None:
+        """Anything else that changes: a tensor (restored in place), or an object with `state_dict` and `load_state_dict`."""
+        for name, value in objects.items():
+            if name in self.roles or name in self._tracked:
+                raise ValueError(f"this run already has something called {name!r}")
+            if not isinstance(value, torch.Tensor | Ema) and not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
+                raise TypeError(f"cannot track {name}: a {type(value).__name__} has no state_dict and load_state_dict")
+        self._tracked |= objects
+
+    # -- the loop ----------------------------------------------------------------------------------------------------------------
+    def steps(self, total: int, name: str = "train") -> Iterator[int]:
+        """Yield the steps that are left of 0..total-1 (each `accumulate` times); restore before the first, save by the clock and at
+        the end.  Ctrl-C and SIGTERM finish the step, save, and raise Interrupted."""
+        if name in self._loops:
+            raise ValueError(f"a second loop called {name!r} would overwrite the first one's checkpoint: name it")
+        self._loops.add(name)
+        start = self._restore(name)
+        stop = threading.Event()
+        saved, stride = time.monotonic(), max(1, total // 200)
+        collective = self.world > 1
+        bar = self._bar(total, start, name)
+        with _signals(stop):
+            for step in range(start, total):
+                self.step = step
+                self._log_now = step % stride == 0 or step + 1 == total
+                for role in self.roles.values():
+                    if isinstance(role.config, Optimizer):
+                        rate = role.config.rate(step, total)
+                        for group in role.optimizer.param_groups:
+                            group["lr"] = rate
+                for chunk in range(self.accumulate):
+                    self.chunk = chunk
+                    if collective:
+                        for role in self.roles.values():
+                            self.engine.synchronise(role.net, chunk + 1 == self.accumulate)
+                    self._seed(name, step)
+                    yield step
+                if bar is not None:
+                    bar.update()
+                if self._log_now:
+                    self._log.write(name, step)
+                due = time.monotonic() - saved > self.save_seconds
+                if collective:  # clocks and signals differ between processes; saving is a joint act
+                    if (step + 1) % 16 and step + 1 < total:
+                        continue
+                    due, stopped = (
+                        bool(x) for x in self.engine.sum(torch.tensor([due, stop.is_set()], dtype=torch.float32, device=self.device))
+                    )
+                else:
+                    stopped = stop.is_set()
+                if due or stopped or step + 1 == total:
+                    self.save(step + 1, name)
+                    saved = time.monotonic()
+                if stopped and step + 1 < total:
+                    raise Interrupted(f"stopped after step {step + 1} of {total} ({name}); state saved in {self.folder}")
+        if bar is not None:
+            bar.close()
+        self.chunk = 0
+        self._seed(name, "end")  # what is drawn after the loop must not depend on whether the loop ran or was reloaded
+
+    def update(self, optimizer: Any, loss: torch.Tensor | None = None, *, count: Any = None, **parts: torch.Tensor) -> torch.Tensor:
+        """Backward, normalise, clip, check, step and clear, for the role (or tuple of roles) of `optimizer`.
+
+        loss, parts: scalars, or vectors with one value per sample or token (averaged); their sum is minimised, and each is logged.
+        count: the number of samples or tokens that the mean is over, for vectors with masked entries; by default all of them.
+        With several chunks or processes the gradient is the mean over the whole effective batch: each chunk weighs as much as its count
+        (scalars weigh one).  Only the given role learns: gradients that reach other roles are dropped.
+        Returns the detached loss of this chunk. UserError naming step, role and part when it is not finite; nothing is saved then.
+        """
+        given = {"loss": loss, **parts} if loss is not None else parts
+        roles = [self._role(o) for o in (optimizer if isinstance(optimizer, tuple) else (optimizer,))]
+        weight: Any = 1.0
+        means: dict[str, torch.Tensor] = {}
+        for part, value in given.items():
+            if value.dim():
+                weight = value.numel() if count is None else count
+                value = value.sum() / weight if count is not None else value.mean()
+            means[part] = value
+        total = functools.reduce(torch.add, means.values())
+        who = roles[0].name
+        self.finite.check(who, total, means)
+        if self._log_now:
+            self._log.record |= {f"{who}/{part}": value.detach() for part, value in means.items()}
+        held.backward(self, roles, total, weight)
+        if self.chunk + 1 == self.accumulate:
+            for role in roles:
+                held.step(self, role)
+        return total.detach()
+
+    def _role(self, optimizer: torch.optim.Optimizer) -> Role:
+        for role in self.roles.values():
+            if role.optimizer is optimizer:
+                return role
+        raise ValueError("this optimizer belongs to no role of this run: make it with run.trainable")
+
+    def shard(self, batch: B) -> B:
+        """This process's and chunk's share of a global batch: a tensor, or a (named) tuple, list or dict of them, cut along dimension 0."""
+        parts, mine = self.world * self.accumulate, self.rank * self.accumulate + self.chunk
+        if isinstance(batch, torch.Tensor):
+            if parts > 1:
+                if len(batch) < parts:
+                    raise UserError(f"a batch of {len(batch)} cannot be split over {parts} processes and chunks; raise the batch size.")
+                batch = batch.tensor_split(parts)[mine]  # type: ignore[assignment]
+            return batch.to(self.device, non_blocking=True) if batch.device != self.device else batch  # type: ignore
+        if isinstance(batch, Mapping):
+            return {k: self.shard(v) for k, v in batch.items()}  # type: ignore[return-value]
+        if isinstance(batch, tuple) and hasattr(batch, "_make"):
+            return batch._make(self.shard(v) for v in batch)  # type: ignore[attr-defined, return-value]
+        if isinstance(batch, list | tuple):
+            return type(batch)(self.shard(v) for v in batch)  # type: ignore[return-value]
+        return batch
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All processes' tensors in rank order, so that state kept per sample stays equal everywhere."""
+        return self.engine.gather(tensor)
+
+    def unwrap(self, net: Any) -> Any:
+        """The network itself, without what DDP wraps around it (for its attributes; call the wrapped one to train)."""
+        return self.engine.unwrap(net)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------------------
+    def save(self, step: int, name: str = "train") -> None:
+        """Write the loop's checkpoint atomically. UserError, and the old checkpoint stays, if a parameter is not finite."""
+        self.finite.pending()
+        self.finite.parameters()
+        state = {
+            "step": step,
+            "log_size": 0,
+            "seconds": self._clock.seconds(),
+            "roles": {role.name: self.engine.state(role.net, role.optimizer) for role in self.roles.values()},
+            "tracked": {k: self._state_of(v) for k, v in self._tracked.items()},
+        }
+        if not self.rank:
+            state["log_size"] = self._log.flush()
+            try:
+                write_atomic(self.folder / f"{name}.pt", lambda file: torch.save(state, file))
+            except OSError as error:
+                raise UserError(f"could not save to {self.folder}: {error.strerror or error}. The previous checkpoint is intact.") from None
+        self.engine.barrier()
+
+    def _state_of(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value
+        return self.engine.state(value.net, None) if isinstance(value, Ema) else value.state_dict()
+
+    def _restore(self, name: str) -> int:
+        file = self.folder / f"{name}.pt"
+        if not file.exists():
+            self._log.truncate()
+            return 0
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        missing = set(state["roles"]) ^ set(self.roles) | set(state["tracked"]) ^ set(self._tracked)
+        if missing:
+            raise UserError(f"{file} was saved by another program: {sorted(missing)} do not match. Start again in a new --out folder.")
+        for role in self.roles.values():
+            self.engine.load(role.net, role.optimizer, state["roles"][role.name])
+        for key, value in self._tracked.items():
+            saved = state["tracked"][key]
+            if isinstance(value, torch.Tensor):
+                with torch.no_grad():
+                    value.copy_(saved)
+            elif isinstance(value, Ema):
+                self.engine.load(value.net, None, saved)
+            else:
+                value.load_state_dict(saved)
+        self._log.truncate(state["log_size"])
+        self._clock.earlier = max(self._clock.earlier, state["seconds"])
+        return state["step"]
+
+    def _seed(self, *place: Any) -> None:
+        text = f"{self.seed}/{self._stream}/{place}/{self.chunk}/{self.rank}"
+        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+        torch.default_generator.manual_seed(number)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(number)
+
+    # -- what people see ---------------------------------------------------------------------------------------------------------
+    def log(self, **values: Any) -> None:
+        """Numbers of this step for metrics.jsonl and the report's curves (about 200 evenly spaced steps of a loop are kept)."""
+        if self._log_now:
+            self._log.record |= values
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of this run so far, those of earlier, interrupted processes included."""
+        return self._clock.seconds()
+
+    def _bar(self, total: int, start: int, name: str) -> Any:
+        if not self.progress or self.rank or start >= total:
+            return None
+        from tqdm import tqdm
+
+        label = self.path.partition("/")[2] or self.path
+        return tqdm(total=total, initial=start, desc=label if name == "train" else f"{label}:{name}", leave=False, disable=None)
+
+    def row(self, name: str, **metrics: float) -> None:
+        """A line of the final table: teacher, student alone, student."""
+        self.rows.append({"name": name, **metrics})
+
+    def image(self, name: str, images: torch.Tensor, columns: int = 8) -> None:
+        """A grid of images (N, C, H, W) in [0, 1] as samples/NAME.png."""
+        if not self.plots or self.rank:
+            return
+        from stillroom.report import png
+
+        self._sample(f"{name}.png", png(images, columns))
+
+    def figure(self, name: str, draw: Callable[[Any], None]) -> None:
+        """`draw(axes)` on matplotlib axes, kept as samples/NAME.svg in colours that follow the page's light or dark theme."""
+        if self.plots and not self.rank:
+            from stillroom.report import svg
+
+            self._sample(f"{name}.svg", svg(draw))
+
+    def _sample(self, name: str, content: Any) -> None:
+        (self.folder / "samples").mkdir(exist_ok=True)
+        write_atomic(self.folder / "samples" / name, content)
+
+    def save_student(self, save: Callable[[Path], None]) -> None:
+        """`save(folder)` fills student/, which appears at once or not at all (a loader's `save_pretrained`, `hub.save_classifier`, …)."""
+        if not self.rank:
+            with replacing(self.folder / "student") as fresh:
+                save(fresh)
+        self.engine.barrier()
+
+
+class _signals(contextlib.AbstractContextManager):
+    """While a loop runs, Ctrl-C and SIGTERM set `stop` (so that the step can finish and be saved); the second one takes effect at once."""
+
+    def __init__(self, stop: threading.Event):
+        self.stop = stop
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._arrived)
+
+    def _arrived(self, number: int, frame: Any) -> None:
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        self.stop.set()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
