@@ -1,6 +1,6 @@
 """Teacher caches on disk: what a teacher says about a corpus, captured once, resumably, and read by memory map.
 
-A cache belongs to its teacher, tokenizer and exact token ids, and lies in a folder named by their hash. Per predicted token it holds
+A cache belongs to its teacher, tokenizer and exact token ids, and lies in a folder of the store named by their hash. Per predicted token it holds
 
     topk     k ids, k log-probabilities and the log of the leftover mass         4k + 2 bytes (vocabulary up to 65,536)
     sampled  n ids drawn with replacement from p^kappa and their weights         4n bytes, 2n when kappa = 1 (all weights 1/n)
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from stillroom.errors import UserError
 from stillroom.lm.signals import Dense, Head, Sampled, Signal, TopK, log_leftover
 from stillroom.lm.tokenizer import fingerprint
+from stillroom.store import write_atomic
 
 Kind = Literal["topk", "sampled", "states", "full"]
 Sequences = Sequence[Sequence[int]] | Tensor
@@ -140,7 +141,7 @@ def capture(
     progress: bool = True,
     vocabulary: int | None = None,
 ) -> TeacherCache:
-    """The cache of `teacher` on `sequences` (lists of token ids, or a tensor (S, L)) under `root`, made or resumed.
+    """The cache of `teacher` on `sequences` (lists of token ids, or a tensor (S, L)), made or resumed under `root`, e.g. `run.store.folder`.
 
     teacher: a causal model with transformers' names, run in evaluation mode. A killed capture goes on after the last finished batch; a
     finished one is only opened. `vocabulary` cuts padded embedding rows off.
@@ -157,16 +158,16 @@ def capture(
         "token_dtype": _id_dtype(1 + max(int(np.max(np.asarray(ids))) for ids in sequences)),
     }  # fmt: skip
     key = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "lengths"}, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(root) / key
+    folder = Path(root) / f"teacher-cache-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with FileLock(f"{folder}.lock"):
         if (folder / "meta.json").exists():
             return TeacherCache(folder)
         np.concatenate([np.asarray(ids) for ids in sequences]).astype(meta["token_dtype"]).tofile(folder / "tokens.bin")
         if what.kind == "states":
             save_file({k: v.detach()[:words].half().contiguous() for k, v in head.named_parameters()}, folder / "head.safetensors")
         _run(folder, teacher, sequences, lengths, what, columns, words, batch, progress)
-        _write(folder / "meta.json", json.dumps(meta))
+        write_atomic(folder / "meta.json", json.dumps(meta))
         (folder / "done.json").unlink(missing_ok=True)
     return TeacherCache(folder)
 
@@ -190,7 +191,7 @@ def _run(
                 files[name].write(values.numpy().astype(columns[name][0]).tobytes())
             for file in files.values():
                 file.flush()
-            _write(folder / "done.json", json.dumps(first + len(part)))
+            write_atomic(folder / "done.json", json.dumps(first + len(part)))
             bar.update(sum(len(ids) - 1 for ids in part))
     finally:
         teacher.train(was_training)
@@ -247,9 +248,3 @@ def _columns(what: Capture, words: int, width: int) -> dict[str, tuple[str, int]
 
 def _id_dtype(words: int) -> str:
     return "<u2" if words <= 2**16 else "<u4"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import UserError
-from stillroom.losses.tokens import BY_NAME, Divergence, divergence, tempered
+from stillroom.losses.tokens import Divergence, divergence, tempered
 
 Temperature = float | Tensor
 
@@ -77,10 +77,9 @@ class TopK:
 
     def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
         _same_temperature(temperature, self.temperature)
-        head = tempered(student, temperature).gather(-1, self.ids.long())
-        student_log_probs = torch.cat([head, log_leftover(head).unsqueeze(-1)], -1)
-        teacher_log_probs = torch.cat([self.log_probs, self.log_tail.unsqueeze(-1)], -1).to(head)
-        return BY_NAME[kind](teacher_log_probs - teacher_log_probs.logsumexp(-1, keepdim=True), student_log_probs)
+        head = tempered(student, temperature).log_softmax(-1).gather(-1, self.ids.long())
+        student = torch.cat([head, log_leftover(head).unsqueeze(-1)], -1)
+        return divergence(torch.cat([self.log_probs, self.log_tail.unsqueeze(-1)], -1).to(head), student, kind)
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,9 @@ class Sampled:
 
     def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
         if kind != "forward_kl":
-            raise UserError(f"A sampled teacher gives forward_kl only, not {kind}: capture a top-k or full cache for that.")
+            raise UserError("A sampled teacher gives forward_kl only: capture a top-k or full cache for that.")
         _same_temperature(temperature, self.temperature)
-        log_q = tempered(student, temperature).gather(-1, self.ids.long())
+        log_q = tempered(student, temperature).log_softmax(-1).gather(-1, self.ids.long())
         return -(self.weights.to(log_q) * log_q).sum(-1)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from stillroom.errors import UserError
 from stillroom.lm.tokenizer import encode_with_offsets
 from stillroom.losses.tokens import IGNORE
+from stillroom.store import write_atomic
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -63,10 +64,7 @@ def _text(content: Any) -> str:
 
 def write(path: Path | str, traces: Iterable[Trace]) -> None:
     """One trace per line, all or nothing."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(trace.line() + "\n" for trace in traces), encoding="utf-8")
-    partial.replace(path)
+    write_atomic(Path(path), "".join(trace.line() + "\n" for trace in traces))
 
 
 def read(path: Path | str, *, trained: Iterable[str] = ("assistant",)) -> Iterator[Trace]:

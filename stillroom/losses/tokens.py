@@ -1,12 +1,10 @@
 """Divergences between next-token distributions, on rows that the caller has already aligned.
 
-Position t of the logits predicts token t+1: call `align` once, then everything here takes rows (N, V) and labels (N,). Sums run
-over the vocabulary, one value per row comes back, and `token_mean` divides by the kept tokens of the whole effective batch.
+Position t of the logits predicts token t+1: call `align` once, then everything here takes rows (N, V) and labels (N,). One value per
+row comes back, and `token_mean` divides by the kept tokens of the whole effective batch. To the general `divergences` this adds, with
+teacher p and student q (Ko et al. 2024, DistiLLM, from memory),
 
-    forward_kl  sum p (log p - log q)          reverse_kl  sum q (log q - log p)
-    jsd         b KL(p|m) + (1-b) KL(q|m), m = b p + (1-b) q; b = 0 and b = 1 name forward and reverse KL (Agarwal et al. 2023)
-    skew_kl     KL(p | a p + (1-a) q)          skew_reverse_kl  KL(q | (1-a) q + a p)      (Ko et al. 2024, from memory)
-    total_variation  1/2 sum |p - q|
+    skew_kl          KL(p || a p + (1-a) q)          skew_reverse_kl  KL(q || (1-a) q + a p)          total_variation  1/2 sum |p - q|
 
 A word that one side excludes with a logit of -inf (padded vocabularies) costs nothing where its own probability is zero.
 """
@@ -14,16 +12,21 @@ A word that one side excludes with a logit of -inf (padded vocabularies) costs n
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import log
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from stillroom.losses.divergences import jsd, kl, reverse_kl
+
 IGNORE = -100
 """Label of a position that neither the hard nor the soft loss trains."""
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"]
+Name = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"]
+Divergence = Name | Callable[[Tensor, Tensor], Tensor]
+"""A name, or any function of teacher and student logits such as partial(jsd, beta=0.1), one value per row."""
 
 
 def align(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,46 +34,34 @@ def align(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return states[:, :-1].reshape(-1, states.shape[-1]), labels[:, 1:].reshape(-1)
 
 
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) per row from log-probabilities (N, V) -> (N,)."""
-    gap = (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)
-    return (log_p.exp() * gap).sum(-1)
-
-
 def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b); rows where both are zero stay -inf without a NaN gradient."""
+    """log(share a + (1 - share) b); words that both exclude stay at -inf without a NaN gradient."""
     empty = (log_a == -torch.inf) & (log_b == -torch.inf)
     mixed = torch.logaddexp(log_a.masked_fill(empty, 0.0) + log(share), log_b.masked_fill(empty, 0.0) + log(1 - share))
     return mixed.masked_fill(empty, -torch.inf)
 
 
-def jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
-    """Generalized Jensen-Shannon divergence. Its value shrinks with beta (1 - beta) inside and jumps at the named end points."""
-    if beta in (0.0, 1.0):
-        return kl(log_p, log_q) if beta == 0.0 else kl(log_q, log_p)
-    middle = _mix(log_p, log_q, beta)
-    return beta * kl(log_p, middle) + (1 - beta) * kl(log_q, middle)
-
-
-def skew_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
-    """KL(p || skew p + (1 - skew) q)."""
+def skew_kl(teacher: Tensor, student: Tensor, skew: float = 0.1) -> Tensor:
+    """KL(p || skew p + (1 - skew) q) from logits (N, V) -> (N,)."""
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     return kl(log_p, _mix(log_p, log_q, skew))
 
 
-def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
-    """KL(q || skew p + (1 - skew) q)."""
+def skew_reverse_kl(teacher: Tensor, student: Tensor, skew: float = 0.1) -> Tensor:
+    """KL(q || skew p + (1 - skew) q) from logits (N, V) -> (N,)."""
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     return kl(log_q, _mix(log_p, log_q, skew))
 
 
-def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Half the L1 distance."""
-    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+def total_variation(teacher: Tensor, student: Tensor) -> Tensor:
+    """Half the L1 distance of the distributions, from logits (N, V) -> (N,)."""
+    return 0.5 * (teacher.softmax(-1) - student.softmax(-1)).abs().sum(-1)
 
 
 BY_NAME: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": kl,
-    "reverse_kl": lambda log_p, log_q: kl(log_q, log_p),
-    "jsd": jsd,
+    "reverse_kl": reverse_kl,
+    "jsd": partial(jsd, beta=0.5),
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "total_variation": total_variation,
@@ -78,11 +69,11 @@ BY_NAME: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def tempered(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """Log-probabilities in float32 (float64 stays) of logits / temperature; a temperature of shape (N,) is one per row."""
+    """Logits / temperature in float32 (float64 stays); a temperature of shape (N,) is one per row."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if isinstance(temperature, Tensor):
         temperature = temperature.to(logits).unsqueeze(-1)
-    return (logits / temperature).log_softmax(-1)
+    return logits if isinstance(temperature, float) and temperature == 1 else logits / temperature
 
 
 def divergence(
@@ -93,7 +84,8 @@ def divergence(
     `times_t2` multiplies by temperature^2, which keeps the gradient's size when the temperature changes (classical KD does, language
     model libraries do not).
     """
-    values = BY_NAME[kind](tempered(teacher.detach(), temperature), tempered(student, temperature))
+    measure = BY_NAME[kind] if isinstance(kind, str) else kind
+    values = measure(tempered(teacher.detach(), temperature), tempered(student, temperature))
     return values * temperature**2 if times_t2 else values
 
 
