@@ -1,6 +1,6 @@
 """Teacher caches on disk: what a teacher says about a corpus, captured once, resumably, and read by memory map.
 
-A cache belongs to its teacher, tokenizer and exact token ids, and lies in a folder of the store named by their hash. Per predicted token it holds
+A cache belongs to its teacher, tokenizer and exact token ids; its folder is named by their hash. Per predicted token it holds
 
     topk     k ids, k log-probabilities and the log of the leftover mass         4k + 2 bytes (vocabulary up to 65,536)
     sampled  n ids drawn with replacement from p^kappa and their weights         4n bytes, 2n when kappa = 1 (all weights 1/n)
@@ -141,10 +141,10 @@ def capture(
     progress: bool = True,
     vocabulary: int | None = None,
 ) -> TeacherCache:
-    """The cache of `teacher` on `sequences` (lists of token ids, or a tensor (S, L)), made or resumed under `root`, e.g. `run.store.folder`.
+    """The cache of `teacher` on `sequences` (lists of token ids, or a tensor (S, L)), made or resumed in a folder of the store.
 
-    teacher: a causal model with transformers' names, run in evaluation mode. A killed capture goes on after the last finished batch; a
-    finished one is only opened. `vocabulary` cuts padded embedding rows off.
+    root: the store's folder. teacher: a causal model with transformers' names, run in evaluation mode. A killed capture goes on after
+    the last finished batch; a finished one is only opened. `vocabulary` cuts padded embedding rows off.
     """
     lengths = [len(ids) for ids in sequences]
     if min(lengths, default=0) < 2:

@@ -21,7 +21,17 @@ class Characters:
     """
 
     def __init__(self, alphabet: str, symbols: Iterable[str] = ("<|system|>", "<|user|>", "<|assistant|>")):
-        self.words = ["<|pad|>", END, *symbols, *sorted(set(alphabet))]
+        self._set(["<|pad|>", END, *symbols, *sorted(set(alphabet))])
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> Characters:
+        """With exactly these words, as saved."""
+        made = cls("")
+        made._set(list(words))
+        return made
+
+    def _set(self, words: list[str]) -> None:
+        self.words = words
         self.ids = {word: i for i, word in enumerate(self.words)}
         special = sorted((w for w in self.words if len(w) > 1), key=len, reverse=True)
         self._split = re.compile("|".join(map(re.escape, special)) + "|.", re.DOTALL)

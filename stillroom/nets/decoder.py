@@ -7,7 +7,7 @@ the pre-normed input that also feeds queries, keys and values, and Y one of five
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -210,6 +210,10 @@ class Decoder(nn.Module):
         rope_base: float = 10_000.0, tied: bool = True, gate: GateOptions | None = None, qk_norm: bool = False,
     ):  # fmt: skip
         super().__init__()
+        self.spec = {
+            "vocabulary": vocabulary, "width": width, "layers": layers, "heads": heads, "kv_heads": kv_heads, "hidden": hidden,
+            "rope_base": rope_base, "tied": tied, "qk_norm": qk_norm, "gate": asdict(gate) if gate else None,
+        }  # fmt: skip
         self.base_model = Backbone(
             vocabulary, width, layers, hidden or 4 * width, rope_base, heads=heads, kv_heads=kv_heads, gate=gate, qk_norm=qk_norm
         )
@@ -220,10 +224,13 @@ class Decoder(nn.Module):
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
-    def forward(self, input_ids: Tensor, **context: Any) -> SimpleNamespace:
-        """Logits (B, n, V) and, with use_cache, `past_key_values`; the context is that of `Backbone.forward`."""
+    def forward(self, input_ids: Tensor, *, logits_to_keep: int = 0, **context: Any) -> SimpleNamespace:
+        """Logits (B, n, V), or of the last `logits_to_keep` positions, the normed states as `hidden_states[-1]` and, with use_cache,
+        `past_key_values`; the context is that of `Backbone.forward`."""
+        context.pop("output_hidden_states", None)
         out = self.base_model(input_ids, **context)
-        return SimpleNamespace(logits=self.head(out.last_hidden_state), past_key_values=out.past_key_values)
+        logits = self.head(out.last_hidden_state[:, -logits_to_keep:])
+        return SimpleNamespace(logits=logits, hidden_states=(out.last_hidden_state,), past_key_values=out.past_key_values)
 
 
 def gated_hidden(width: int, hidden: int, heads: int, granularity: Literal["elementwise", "headwise"] = "elementwise") -> int:
