@@ -10,10 +10,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional
 
 from stillroom import catalogue, claims
 from stillroom.config import Count, NonNegative
@@ -137,7 +137,8 @@ def run_recipe(name: str, args: list[str]) -> None:
     """`stillroom run NAME …`: the recipe's config fields and RunOptions are its flags."""
     recipe = catalogue.load(name)
     preset = recipe.full() if "--full" in args else recipe.Config()
-    fields: list[Any] = [("options", OmitArgPrefixes[RunOptions]), ("config", OmitArgPrefixes.__class_getitem__(recipe.Config))]
+    flat = tyro.conf.arg(name="")  # no prefix for these two levels; nested ones keep theirs (--optimizer.lr)
+    fields: list[Any] = [("options", Annotated[RunOptions, flat]), ("config", Annotated[recipe.Config, flat])]  # type: ignore
     kind: Any = dataclasses.make_dataclass("Flags", fields, namespace={"__doc__": recipe.__doc__})
     flags = tyro.cli(kind, args=args, default=kind(RunOptions(), preset), prog=f"stillroom run {name}")
     from stillroom.config import check

@@ -152,7 +152,9 @@ class Ddp(_Distributed):
         self.accelerator = Accelerator(
             cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[keywords]
         )
-        self.device, self.precision = self.accelerator.device, precision
+        device_type = self.accelerator.device.type
+        self.device = torch.device("cpu") if device_type == "cpu" else self.accelerator.device  # it says cpu:0
+        self.precision = precision
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.local_rank = self.accelerator.local_process_index
 

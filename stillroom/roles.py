@@ -116,8 +116,10 @@ class Finite:
     def parameters(self) -> None:
         """Before a save: every trainable parameter."""
         for role in self.run.roles.values():
-            norms = torch._foreach_norm([p.detach() for p in role.parameters if p.numel()], float("inf"))
-            if not all(bool(torch.isfinite(n.full_tensor() if hasattr(n, "full_tensor") else n)) for n in norms):
+            mine = [getattr(p, "_local_tensor", p).detach() for p in role.parameters]  # a sharded parameter's own part
+            norms = torch._foreach_norm([p for p in mine if p.numel()], float("inf"))
+            bad = sum((~torch.isfinite(n)).float() for n in norms) + torch.zeros((), device=self.run.device)
+            if self.run.engine.sum(bad):  # all processes learn of it
                 raise UserError(f"{self.run.path}, step {self.run.step}: parameters of {role.name!r} are not finite. {self._advice()}")
 
     def _stop(self, step: int, who: str, parts: dict[str, torch.Tensor]) -> None:

@@ -5,9 +5,10 @@
         index, images, labels = run.shard(batches(step))
         run.update(optimizer, ce=..., kd=...)
 
-Resume is a property of the loop. Step i draws its random numbers from (seed, stage, loop, i, chunk, rank), batches are a pure
-function of (seed, step), and everything that changes is a role or tracked by name; so a run killed anywhere and started again ends
-bitwise where the uninterrupted one ends.  Draw from torch's generators only: they are what a step seeds.
+Resume is a property of the loop. Step i draws its random numbers from (seed, stage, loop, i, chunk, rank); outside loops all
+processes draw alike, so that networks start equal. Batches are a pure function of (seed, step), and everything that changes is a
+role or tracked by name; so a run killed anywhere and started again ends bitwise where the uninterrupted one ends.  Draw from
+torch's generators only: they are what a step seeds.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Run:
         if not self.rank:
             self._open(wait)
         self.engine.barrier()
-        self._seed("start")
+        self._seed()
 
     def _open(self, wait: bool) -> None:
         from filelock import FileLock, Timeout
@@ -195,7 +196,7 @@ class Run:
                     if collective:
                         for role in self.roles.values():
                             self.engine.synchronise(role.net, chunk + 1 == self.accumulate)
-                    self._seed(name, step)
+                    self._seed(name, step, chunk, self.rank)
                     yield step
                 if bar is not None:
                     bar.update()
@@ -330,8 +331,8 @@ class Run:
         return state["step"]
 
     def _seed(self, *place: Any) -> None:
-        text = f"{self.seed}/{self._stream}/{place}/{self.chunk}/{self.rank}"
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+        digest = hashlib.blake2b(repr((self.seed, self._stream, place)).encode(), digest_size=8).digest()
+        number = int.from_bytes(digest, "little", signed=True)
         torch.default_generator.manual_seed(number)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(number)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillroom.data.images import digest
 from stillroom.errors import UserError
+from stillroom.store import fingerprint
 
 GREY = {"1", "L", "LA"}
 COLOUR = {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
@@ -35,7 +35,7 @@ class Files:
         return self.paths[row].read_bytes()
 
     def fingerprint(self) -> str:
-        return digest([stamp(path) for path in self.paths])
+        return fingerprint([stamp(path) for path in self.paths])
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Decoder:
         return torch.from_numpy(np.array(image)).view(self.size, self.size, self.channels).permute(2, 0, 1)
 
     def fingerprint(self) -> str:
-        return digest(self.source.fingerprint(), self.channels, self.size, self.resize)
+        return fingerprint(self.source.fingerprint(), self.channels, self.size, self.resize)
 
 
 def decode_rows(decoder: Decoder, rows: Tensor, skip_bad: bool) -> dict[str, Tensor]:

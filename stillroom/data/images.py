@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from stillroom.store import fingerprint
 
 Device = torch.device | str
 
@@ -26,19 +27,6 @@ class Batch(NamedTuple):
 def unit(pixels: Tensor) -> Tensor:
     """Pixels as float32 in [0, 1]: uint8 is divided by 255, floats are taken as they are."""
     return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.float()
-
-
-def digest(*parts: object) -> str:
-    """Hex digest of tensors (dtype, shape and bytes) and of the repr of anything else."""
-    state = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, Tensor):
-            state.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            state.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:
-            state.update(repr(part).encode())
-        state.update(b"\0")
-    return state.hexdigest()
 
 
 class Split(Protocol):
@@ -89,7 +77,7 @@ class MemorySplit:
 
     def fingerprint(self) -> str:
         """Hash of the pixels and labels."""
-        self._fingerprint = self._fingerprint or digest(self.pixels, self.labels)
+        self._fingerprint = self._fingerprint or fingerprint(self.pixels, self.labels)
         return self._fingerprint
 
 
@@ -124,7 +112,7 @@ class LazySplit:
         return self.take(torch.arange(len(self))).images
 
     def fingerprint(self) -> str:
-        return digest(self.decode.fingerprint(), self.rows, self.labels)
+        return fingerprint(self.decode.fingerprint(), self.rows, self.labels)
 
 
 class Decoder(Protocol):
@@ -169,7 +157,7 @@ class ImageData:
 
     def fingerprint(self) -> str:
         """Hash of the content of all splits and of the class names."""
-        return digest(self.classes, *(None if split is None else split.fingerprint() for split in (self.train, self.test, self.transfer)))
+        return fingerprint(self.classes, self.train, self.test, self.transfer)
 
 
 def balanced_rows(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -190,3 +178,12 @@ def keep_labels(train: Split, count: int, generator: torch.Generator) -> tuple[S
     others[chosen] = False
     rest = others.nonzero().squeeze(1)
     return train.subset(chosen), train.subset(rest, torch.full_like(rest, -1, device=train.device)) if len(rest) else None
+
+
+def join(first: Split, second: Split) -> Split:
+    """Both splits as one, the rows of the first before those of the second. Lazy ones must come from the same files."""
+    if isinstance(first, MemorySplit) and isinstance(second, MemorySplit):
+        return MemorySplit(torch.cat([first.pixels, second.pixels]), torch.cat([first.labels, second.labels]))
+    if isinstance(first, LazySplit) and isinstance(second, LazySplit) and first.decode == second.decode:
+        return LazySplit(first.decode, torch.cat([first.labels, second.labels]), torch.cat([first.rows, second.rows]), first.device)
+    raise TypeError("only splits in memory, or parts of the same files, can be joined")

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from stillroom.data.decode import Cells, Decoder, Files, decode_rows, readable_rows, stamp
 from stillroom.data.embedded import digits, shapes
-from stillroom.data.images import ImageData, LazySplit, MemorySplit, Split, balanced_rows, digest, keep_labels
+from stillroom.data.images import ImageData, LazySplit, MemorySplit, Split, balanced_rows, keep_labels
 from stillroom.errors import UserError
+from stillroom.store import fingerprint
 
 Cache = Callable[..., dict[str, Tensor]]
 
@@ -170,7 +171,7 @@ def _tables(files: Sequence[Path], classes: tuple[str, ...] | None) -> Rows:
         cells, labels = (pyarrow.chunked_array([c for t in tables for c in t[column].chunks]) for column in (image, label))
     except (KeyError, pyarrow.ArrowException) as error:
         raise UserError(f"{files[0].parent}: the tables {files[0].name} to {files[-1].name} have different columns ({error}).") from error
-    source = Cells(cells, tuple(origin), digest(image, [stamp(file) for file in files]))
+    source = Cells(cells, tuple(origin), fingerprint(image, [stamp(file) for file in files]))
     return _labelled(source, labels.to_pylist(), classes or (tuple(names) if names else None), label)
 
 
@@ -198,7 +199,7 @@ def _dataset(table: Any, name: str, classes: tuple[str, ...] | None) -> Rows:
     image, label = (_column(table.column_names, names, name) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
     cells = table.cast_column(image, datasets.Image(decode=False))[image]
     names = getattr(table.features[label], "names", None)
-    source = Cells(cells, ((name, 0),), digest(image, table._fingerprint))
+    source = Cells(cells, ((name, 0),), fingerprint(image, table._fingerprint))
     return _labelled(source, list(table[label]), classes or (tuple(names) if names else None), label)
 
 

@@ -1,0 +1,237 @@
+"""Image classifiers by name, and their saving in the format of the library that they came from."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stillroom.data.images import ImageData
+from stillroom.data.load import needs
+from stillroom.errors import UserError
+from stillroom.nets.build import build
+from stillroom.nets.parts import Normalise
+from stillroom.store import replacing
+
+KINDS = "small:NAME, hf:ID-or-folder, run:FOLDER or timm:NAME"
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+WEIGHTS = "model.safetensors"
+
+
+class Wrapped(nn.Module):
+    """Another library's classifier, made to take images (B, C, H, W) in [0, 1] of any size and to give logits.
+
+    It repeats a grey image over the model's channels, resizes (bilinear, antialiased) to `size` and normalises by `mean` and `std`.
+    """
+
+    def __init__(self, model: nn.Module, size: int | None, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.model, self.size, self.normalise = model, size, Normalise(mean, std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        channels = len(self.normalise.mean)
+        if images.shape[1] == 1 < channels:
+            images = images.expand(-1, channels, -1, -1)
+        if self.size is not None and images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", antialias=True)
+        output = self.model(self.normalise(images))
+        return output if isinstance(output, Tensor) else output.logits
+
+
+def load_classifier(spec: str, *, data: ImageData, fresh: bool = False) -> nn.Module:
+    """The classifier that `spec` names: images (B, C, H, W) in [0, 1] to logits over the classes of `data`.
+
+    `small:NAME` is one of Stillroom's own networks, always with fresh weights. `hf:ID-or-folder` is a transformers image classifier with
+    its weights, or with `fresh` one of the same config with random weights and the classes, channels and normalisation of `data`.
+    `run:FOLDER` is a student that an earlier run saved. `timm:NAME` needs timm. UserError for anything that cannot be loaded, for weights
+    other than safetensors (pickles can run code: they are never opened), and for a number of classes other than that of `data`.
+    """
+    kind, _, name = spec.partition(":")
+    if kind == "small" and name:
+        return build(name, classes=len(data.classes), channels=data.channels, size=data.size, mean=data.mean, std=data.std)
+    if kind == "run" and name:
+        return _saved(Path(name), data, fresh)
+    if kind == "hf" and name:
+        return _transformers(name, data, fresh)
+    if kind == "timm" and name:
+        return _timm(name, data, fresh)
+    raise UserError(f"{spec!r} names no classifier: write {KINDS}.")
+
+
+def save_classifier(net: nn.Module, folder: str | Path) -> None:
+    """Save so that the library that the net came from loads it; the folder appears whole or not at all.
+
+    A transformers model: `AutoModelForImageClassification.from_pretrained(folder)` and `AutoImageProcessor` read it. A small network:
+    model.safetensors and its spec in config.json, for `run:FOLDER`. Any other module: model.safetensors, and its class in config.json;
+    load it in Python with that class and `load_state_dict`.
+    """
+    model: Any = net.model if isinstance(net, Wrapped) else net
+    with replacing(Path(folder)) as place:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(place)
+            if isinstance(net, Wrapped):
+                _write(place / "preprocessor_config.json", _processor(net))
+            return
+        save_model(model, str(place / WEIGHTS))
+        if spec := getattr(model, "spec", None):
+            _write(place / "config.json", {"stillroom": spec})
+        else:
+            _write(place / "config.json", {"class": f"{type(model).__module__}.{type(model).__qualname__}"})
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _processor(net: Wrapped) -> dict[str, Any]:
+    """What `forward` does to the pixels, in the terms of transformers."""
+    size = {} if net.size is None else {"size": {"height": net.size, "width": net.size}, "resample": 2}
+    mean, std = (values.flatten().tolist() for values in (net.normalise.mean, net.normalise.std))
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": net.size is not None,
+        **size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+
+
+def _saved(folder: Path, data: ImageData, fresh: bool) -> nn.Module:
+    folder = next((place for place in (folder / "student", folder) if (place / "config.json").is_file()), folder)
+    config = _config(folder)
+    if "model_type" in config:
+        return _transformers(str(folder), data, fresh)
+    if "stillroom" not in config:
+        raise UserError(
+            f"{folder} holds a {config.get('class', 'network')}, which only Python can load: build it with your own code, give it "
+            f"safetensors.torch.load_file('{folder / WEIGHTS}') and pass the module to the recipe's main()."
+        )
+    spec = config["stillroom"]
+    _same_classes(str(folder), spec["classes"], data)
+    if (spec["channels"], spec["size"]) != (data.channels, data.size):
+        raise UserError(
+            f"{folder} takes images of {spec['channels']} channels and {spec['size']} pixels a side, but {data.name} has "
+            f"{data.channels} channels and {data.size} pixels."
+        )
+    net = build(**spec)
+    if not fresh:
+        _only_safetensors(folder)
+        try:
+            net.load_state_dict(load_file(folder / WEIGHTS))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder / WEIGHTS} could not be read ({error}). It may be damaged: copy it again.") from error
+    return net
+
+
+def _transformers(name: str, data: ImageData, fresh: bool) -> nn.Module:
+    transformers = needs("transformers", "hf")
+    folder = Path(name)
+    if folder.is_dir() and "model_type" not in _config(folder):
+        raise UserError(f"{folder / 'config.json'} names no transformers model. A student of Stillroom loads as run:{folder}.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        processor = _read_processor(transformers, name)
+        if fresh:
+            config.id2label = dict(enumerate(data.classes))
+            config.label2id = {label: number for number, label in enumerate(data.classes)}
+            config.num_channels = data.channels
+            model = transformers.AutoModelForImageClassification.from_config(config)
+            return Wrapped(model, _expected_size(config, processor), data.mean, data.std)
+        _same_classes(name, config.num_labels, data)
+        if folder.is_dir():
+            _only_safetensors(folder)
+        model, report = transformers.AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"hf:{name} could not be loaded: {error}") from error
+    if report["missing_keys"]:
+        raise UserError(f"hf:{name} is not a trained classifier: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
+    channels = getattr(config, "num_channels", 3)
+    if data.channels not in (1, channels):
+        raise UserError(f"hf:{name} takes images of {channels} channel(s), but {data.name} has {data.channels}.")
+    if not processor:
+        warnings.warn(f"hf:{name} has no preprocessor_config.json: images are normalised by a mean and deviation of 0.5.", stacklevel=3)
+    scale = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255.0
+    normalise = processor.get("do_normalize", True)
+    mean, std = (
+        tuple(value / scale for value in (processor.get(key) or [0.5] * channels)) if normalise else (plain / scale,) * channels
+        for key, plain in (("image_mean", 0.0), ("image_std", 1.0))
+    )
+    return Wrapped(model, _expected_size(config, processor), mean, std)
+
+
+def _read_processor(transformers: Any, name: str) -> dict[str, Any]:
+    """preprocessor_config.json, read without the image processor's class, which may want torchvision; empty if there is none."""
+    try:
+        return transformers.BaseImageProcessor.get_image_processor_dict(name)[0]
+    except OSError:
+        return {}
+
+
+def _expected_size(config: Any, processor: Mapping[str, Any]) -> int | None:
+    """Pixels a side that the model was trained at: the processor's crop or size, else the config's image_size; None if unsaid."""
+    for size in (
+        processor.get("crop_size") if processor.get("do_center_crop") else None,
+        processor.get("size"),
+        getattr(config, "image_size", None),
+    ):
+        if isinstance(size, Mapping):
+            size = size.get("height") or size.get("shortest_edge")
+        if isinstance(size, list | tuple):
+            size = size[0]
+        if isinstance(size, int):
+            return size if processor.get("do_resize", True) else None
+    return None
+
+
+def _timm(name: str, data: ImageData, fresh: bool) -> nn.Module:
+    timm = needs("timm", "timm")
+    try:
+        shape = {"num_classes": len(data.classes), "in_chans": data.channels} if fresh else {}
+        model = timm.create_model(name, pretrained=not fresh, **shape)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"timm:{name} could not be loaded: {error}") from error
+    _same_classes(f"timm:{name}", model.num_classes, data)
+    expected = timm.data.resolve_model_data_config(model)
+    mean, std = (data.mean, data.std) if fresh else (expected["mean"], expected["std"])
+    return Wrapped(model, expected["input_size"][-1], mean, std)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        what = "there is no such folder" if not folder.is_dir() else "the folder has no config.json"
+        raise UserError(f"{folder}: {what}. Give the folder that save_pretrained, or an earlier run, has written.")
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise UserError(f"{file} is not readable JSON ({error}).") from error
+
+
+def _only_safetensors(folder: Path) -> None:
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if any(name.endswith(".safetensors") for name in files):
+        return
+    if pickles := [name for name in files if Path(name).suffix in PICKLES]:
+        raise UserError(
+            f"{folder}: {pickles[0]} is a pickle, which can run code when it is opened, and was not opened. If you trust its source, "
+            "convert it once: load it in Python and save it with save_pretrained or safetensors.torch.save_file."
+        )
+    raise UserError(f"{folder}: no weights were found (*.safetensors).")
+
+
+def _same_classes(name: str, count: int, data: ImageData) -> None:
+    if count != len(data.classes):
+        raise UserError(
+            f"{name} tells {count} classes apart, but {data.name} has {len(data.classes)}. Teacher and data must agree: train the teacher "
+            "on this data, or choose data with its classes."
+        )

@@ -1,0 +1,153 @@
+"""KD: a small classifier learns a larger one's softened outputs beside the labels (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
+
+    loss = ce_weight CE(z_s, y) + kd_weight T^2 KL( softmax(z_t / T) || softmax(z_s / T) )
+
+The first term is the mean over the labelled images of a batch, the second over all its images: the teacher also answers for
+images without labels (the transfer set), and that is where distillation pays when labels are few. Teacher, baseline and student
+see the same labels; the baseline cannot use the unlabelled images, and takes as many steps on batches of the same size.
+
+Exact: both terms, their weights and the T^2 (section 2). Teacher outputs are computed once and kept when the images are not
+augmented; with augmentation the teacher sees the same view as the student. Shrunk: networks and data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from stillroom import hub
+from stillroom.claims import Claim
+from stillroom.config import Count, Natural, NonNegative, Positive
+from stillroom.data.augment import Augmentation, augmenter
+from stillroom.data.batches import Batches
+from stillroom.data.images import ImageData, Split, join
+from stillroom.data.load import load_images
+from stillroom.losses.divergences import cross_entropy, kl
+from stillroom.metrics import present
+from stillroom.optim import Optimizer
+from stillroom.run import Run
+from stillroom.teachers import signals
+
+BASELINE = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """Laptop defaults: 8x8 digits of which 100 are labelled."""
+
+    data: str = "digits"
+    """digits, shapes, a folder of image folders or parquet files, or hub:ID."""
+    labelled: Natural = 100
+    """Training images that keep their labels; the others are the transfer set. 0: all."""
+    limit: Natural = 0
+    """Use at most this many training and test images. 0: all."""
+    image_size: Natural = 0
+    """Scale and crop images to this many pixels a side. 0: as they are."""
+    skip_bad: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
+    augment: Augmentation = "none"
+    """Augmentation of training images."""
+    teacher: str = "small:convnet-w32"
+    """small:NAME is trained first; hf:ID-or-folder, timm:NAME or run:FOLDER is taken as it is."""
+    teacher_steps: Count = 600
+    """Training steps of a small: teacher."""
+    teacher_optimizer: Optimizer = Optimizer("adamw", 2e-3, weight_decay=1e-2, schedule="cosine")
+    student: str = "small:convnet-w4"
+    """small:NAME, or hf:ID-or-folder, whose config is built with fresh weights."""
+    steps: Count = 1500
+    """Training steps of the student."""
+    batch_size: Count = 64
+    optimizer: Optimizer = Optimizer("adamw", 4e-3, weight_decay=1e-2, schedule="cosine")
+    temperature: Positive = 4.0
+    """T of both softmaxes in the distillation term."""
+    ce_weight: NonNegative = 0.1
+    """Weight of the cross-entropy with the labels."""
+    kd_weight: NonNegative = 0.9
+    """Weight of the distillation term; 0 trains without a teacher, on the labelled images alone."""
+    pool: Literal["all", "labelled"] = "all"
+    """Images that the teacher answers for: labelled and transfer, or the labelled ones alone."""
+
+
+def full() -> Config:
+    """A common full-size setting for CIFAR (the paper itself reports MNIST and speech at T between 2 and 20)."""
+    sgd = Optimizer("sgd", 0.1, weight_decay=5e-4, nesterov=True, schedule="cosine")
+    return Config(
+        data="hub:uoft-cs/cifar10", labelled=0, augment="crop-flip", teacher="small:resnet32", teacher_steps=80_000, teacher_optimizer=sgd,
+        student="small:resnet8", steps=80_000, batch_size=128, optimizer=sgd,
+    )  # fmt: skip
+
+
+ARMS = {
+    "plain": {"kd_weight": 0.0, "ce_weight": 1.0},
+    "kd": {},
+    "kd without transfer set": {"pool": "labelled"},
+}
+CLAIMS = [
+    Claim(
+        "a teacher's answers on unlabelled images make the student more accurate",
+        metric="accuracy", arm="kd", versus="plain", paper="MNIST, 800 units: 146 test errors alone, 74 distilled",
+    ),
+    Claim("the gain comes from the transfer set", metric="accuracy", arm="kd", versus="kd without transfer set"),
+]  # fmt: skip
+
+
+def main(
+    cfg: Config, run: Run, *, data: ImageData | None = None, teacher: nn.Module | None = None, student: nn.Module | None = None
+) -> dict[str, float]:
+    """Train the teacher if need be, distil, evaluate. `data`, `teacher` (trained) and `student` replace what the config names."""
+    data = data or load_images(
+        cfg.data, seed=run.seed, labelled=cfg.labelled or None, limit=cfg.limit or None, image_size=cfg.image_size or None,
+        skip_bad=cfg.skip_bad, cache=run.cached,
+    )  # fmt: skip
+    data = data.to(run.device)
+    augment = augmenter(cfg.augment, data.size)
+    images: Split = data.train
+    signal: signals.Signal | None = None
+    if cfg.kd_weight:
+        teacher = run.frozen(find_teacher(cfg, run, data) if teacher is None else teacher)
+        present.classifier(run, "teacher", teacher, data.test)
+        if cfg.pool == "all" and data.transfer is not None:
+            images = join(data.train, data.transfer)
+        signal = signals.logits(run, teacher, images, augmented=cfg.augment != "none")
+
+    student, optimizer = run.trainable("student", student or hub.load_classifier(cfg.student, data=data, fresh=True), cfg.optimizer)
+    batches = Batches(images, cfg.batch_size, run.seed)
+    for step in run.steps(cfg.steps):
+        index, image, label = run.shard(batches(step))
+        image = augment(image)
+        logits = student(image)
+        parts = {}
+        if cfg.ce_weight:
+            parts["ce"] = cfg.ce_weight * labelled_mean(cross_entropy(logits, label.clamp_min(0)), label >= 0)
+        if signal is not None:
+            parts["kd"] = cfg.kd_weight * kl(signal(index, image), logits, cfg.temperature, times_t2=True)
+        run.update(optimizer, **parts)
+
+    metrics = present.classifier(run, "student", student, data.test)
+    run.save_student(lambda folder: hub.save_classifier(run.unwrap(student), folder))
+    return metrics
+
+
+def find_teacher(cfg: Config, run: Run, data: ImageData) -> nn.Module:
+    """A pretrained teacher as it is, or a small one trained on the labelled images, once for all runs that want the same."""
+    if not cfg.teacher.startswith("small:"):
+        return hub.load_classifier(cfg.teacher, data=data)
+    inputs = (train_teacher, cfg.teacher, cfg.teacher_steps, cfg.teacher_optimizer, cfg.batch_size, cfg.augment, data)
+    with run.stage("teacher", shared=inputs) as stage:
+        return train_teacher(stage, cfg, data)
+
+
+def train_teacher(stage: Run, cfg: Config, data: ImageData) -> nn.Module:
+    net, optimizer = stage.trainable("teacher", hub.load_classifier(cfg.teacher, data=data, fresh=True), cfg.teacher_optimizer)
+    augment, batches = augmenter(cfg.augment, data.size), Batches(data.train, cfg.batch_size, stage.seed)
+    for step in stage.steps(cfg.teacher_steps):
+        _, image, label = stage.shard(batches(step))
+        stage.update(optimizer, ce=cross_entropy(net(augment(image)), label))
+    return stage.unwrap(net)
+
+
+def labelled_mean(values: Tensor, labelled: Tensor) -> Tensor:
+    """Mean over the labelled rows of a batch; zero when it has none."""
+    return (values * labelled).sum() / labelled.sum().clamp_min(1)

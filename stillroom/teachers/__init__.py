@@ -1,0 +1,1 @@
+"""What teachers say, and how it is kept."""
