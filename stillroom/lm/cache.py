@@ -29,6 +29,7 @@ from tqdm import tqdm
 from stillroom.errors import UserError
 from stillroom.lm.signals import Dense, Head, Sampled, Signal, TopK, log_leftover
 from stillroom.lm.tokenizer import fingerprint
+from stillroom.nets.modes import eval_mode
 from stillroom.store import write_atomic
 
 Kind = Literal["topk", "sampled", "states", "full"]
@@ -179,22 +180,21 @@ def _run(
     finished = json.loads((folder / "done.json").read_text()) if (folder / "done.json").exists() else 0
     starts = np.concatenate([[0], np.cumsum(np.asarray(lengths) - 1)])
     files = {name: (folder / f"{name}.bin").open("r+b" if finished else "wb") for name in columns}
-    was_training = teacher.training
-    teacher.eval()
     bar = tqdm(total=int(starts[-1]), initial=int(starts[finished]), unit="token", desc="teacher cache", disable=not progress)
     try:
         for name, (dtype, width) in columns.items():  # a batch written but not recorded is written again
             files[name].seek(int(starts[finished]) * width * np.dtype(dtype).itemsize)
         for first in range(finished, len(lengths), batch):
             part = [torch.as_tensor(sequences[i]) for i in range(first, min(first + batch, len(lengths)))]
-            for name, values in _read(teacher, part, what, words, torch.Generator().manual_seed(what.seed * 1_000_003 + first)).items():
+            with eval_mode(teacher):
+                read = _read(teacher, part, what, words, torch.Generator().manual_seed(what.seed * 1_000_003 + first))
+            for name, values in read.items():
                 files[name].write(values.numpy().astype(columns[name][0]).tobytes())
             for file in files.values():
                 file.flush()
             write_atomic(folder / "done.json", json.dumps(first + len(part)))
             bar.update(sum(len(ids) - 1 for ids in part))
     finally:
-        teacher.train(was_training)
         bar.close()
         for file in files.values():
             file.close()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stillroom.errors import UserError
 from stillroom.lm.traces import Messages, render
+from stillroom.nets.modes import eval_mode
 
 
 @dataclass
@@ -65,13 +66,9 @@ def generate(
     ends = _end_tokens(model, tokenizer)
     rows = [list(p) for p in prompts for _ in range(samples)]
     done = [Completion([], [], "", False) for _ in rows]
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         if rows:
             _sample(model, rows, done, tokenizer, ends, max_new_tokens, temperature, top_p, stop, generator, device)
-    finally:
-        model.train(was_training)
     for out in done:
         kept = out.tokens[:-1] if out.tokens and out.tokens[-1] in ends else out.tokens
         out.text = _before_stop(tokenizer.decode(kept), stop)

@@ -176,7 +176,6 @@ class Backbone(nn.Module):
     def __init__(self, vocabulary: int, width: int, layers: int, hidden: int, rope_base: float, **attention: Any):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        nn.init.normal_(self.embedding.weight, std=width**-0.5)
         self.blocks = nn.ModuleList(Block(width, hidden, **attention) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.rope_base = rope_base
@@ -203,7 +202,10 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model over `vocabulary` words; the head is tied to the embedding unless `tied` is False."""
+    """A causal language model over `vocabulary` words; the head is tied to the embedding unless `tied` is False.
+
+    All matrices start at N(0, 0.02^2), as in transformers' models.
+    """
 
     def __init__(
         self, vocabulary: int, width: int = 96, layers: int = 3, heads: int = 4, *, kv_heads: int | None = None, hidden: int | None = None,
@@ -218,6 +220,9 @@ class Decoder(nn.Module):
             vocabulary, width, layers, hidden or 4 * width, rope_base, heads=heads, kv_heads=kv_heads, gate=gate, qk_norm=qk_norm
         )
         self.head = nn.Linear(width, vocabulary, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
         if tied:
             self.head.weight = self.base_model.embedding.weight
 
