@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,3 +60,52 @@ def windows(ids: Sequence[int], length: int) -> Tensor:
     if not count:
         raise UserError(f"The text has {len(ids)} tokens, fewer than one window of {length}: give more text or a shorter length.")
     return torch.tensor(ids[: count * length]).view(count, length)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token sequences padded right: ids and unshifted labels (N, L), -100 where nothing is trained, and lengths (N,)."""
+
+    ids: Tensor
+    labels: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]], length: int) -> Rows:
+        """From (ids, labels) pairs, cut to `length` tokens."""
+        lengths = torch.tensor([min(len(ids), length) for ids, _ in rows])
+        width = int(lengths.max())
+        ids = torch.tensor([list(row[:width]) + [0] * (width - len(row)) for row, _ in rows])
+        labels = torch.tensor([list(row[:width]) + [-100] * (width - len(row)) for _, row in rows])
+        return cls(ids, labels, lengths)
+
+    @classmethod
+    def plain(cls, ids: Tensor) -> Rows:
+        """Text without context-only parts: every token is trained."""
+        return cls(ids, ids, torch.full((len(ids),), ids.shape[1]))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, index: Tensor | slice) -> Rows:
+        return Rows(self.ids[index], self.labels[index], self.lengths[index])
+
+    @property
+    def mask(self) -> Tensor:
+        """(N, L): 1 on tokens, 0 on padding, by place."""
+        return (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
+
+    def lists(self) -> list[list[int]]:
+        return [row[:n] for row, n in zip(self.ids.tolist(), self.lengths.tolist())]
+
+    def prompts(self) -> list[list[int]]:
+        """Of each row, the tokens before the first trained one, at least one."""
+        first = (self.labels != -100).int().argmax(-1).clamp(min=1).tolist()
+        return [row[:n] for row, n in zip(self.ids.tolist(), first)]
+
+
+def shuffled(count: int, size: int, seed: int, step: int) -> Tensor:
+    """(size,) positions of the batch of this step: every epoch its own permutation, a pure function of (seed, step)."""
+    size = min(size, count)
+    epoch, position = divmod(step, count // size)
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count)[position * size : (position + 1) * size])

@@ -97,3 +97,26 @@ def _converted(file: Path, store: Store) -> Path:
                     AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).save_pretrained(fresh)
                     AutoTokenizer.from_pretrained(**place).save_pretrained(fresh)
     return folder
+
+
+def fewer_layers(model: Any, layers: int) -> Any:
+    """A student of `layers` evenly spaced layers of a transformers model (first and last among them), everything else copied, as
+    DistilBERT starts (Sanh et al. 2019). UserError when the model has fewer or is not of the usual form."""
+    names = [name for name in dict(model.named_parameters()) if ".layers.0." in name]
+    total = getattr(model.config, "num_hidden_layers", 0)
+    if not names or not 2 <= layers <= total:
+        raise UserError(f"A student of {layers} layers cannot be taken from a {type(model).__name__} of {total}.")
+    kept = [round(i * (total - 1) / (layers - 1)) for i in range(layers)]
+    changed: dict[str, Any] = {"num_hidden_layers": layers}
+    if getattr(model.config, "layer_types", None):
+        changed["layer_types"] = [model.config.layer_types[i] for i in kept]
+    student = type(model)(type(model.config)(**(model.config.to_dict() | changed)))
+    state = model.state_dict()
+    for name in student.state_dict():
+        head, layer, tail = name.partition(".layers.")
+        source = name
+        if layer:
+            number, _, rest = tail.partition(".")
+            source = f"{head}.layers.{kept[int(number)]}.{rest}"
+        student.state_dict()[name].copy_(state[source])
+    return student

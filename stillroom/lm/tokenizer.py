@@ -80,3 +80,13 @@ def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tupl
         raise UserError(f"{type(tokenizer).__name__} gives no character offsets: load the fast tokenizer of this model.")
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return list(out["input_ids"]), [tuple(span) for span in out["offset_mapping"]]
+
+
+class Known:
+    """A tokenizer that the store can tell from others (see `stillroom.store.fingerprint`)."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.tokenizer)
