@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 SYMBOLS = [
-    "<|system|>", "<|user|>", "<|assistant|>", "Thought: ", "\n\nCode:\n```py\n", "\n```", "need ", " and ", "now ", "compute", "a=look('", "b=look('",
-    "')\n", "print(a)", "print(b)", "final_answer(", "\n\n", "#### ", "facts ", *SYLLABLES,
+    "<|user|>", "<|assistant|>", "Thought: ", "\n\nCode:\n```py\n", "\n```", "need ", " and ", "now ", "compute",
+    "a=look('", "b=look('", "')\n", "print(a)", "print(b)", "final_answer(", "\n\n", "#### ", "facts ", *SYLLABLES,
 ]  # fmt: skip
 """Words that a tokenizer should know whole, so that sequences stay short."""
 
@@ -70,7 +70,7 @@ class Question:
         ]
 
 
-def make_world(seed: int, size: int = 600) -> World:
+def make_world(seed: int, size: int = 2000) -> World:
     """The world of this seed: `size` entities of two syllables."""
     draw = random.Random(seed)
     names = draw.sample([a + b for a in SYLLABLES for b in SYLLABLES], size)

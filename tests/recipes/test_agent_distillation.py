@@ -34,10 +34,9 @@ def test_arms_end_to_end(tmp_path, arm):
     assert {"accuracy", "ood"} <= metrics.keys()
 
 
-def test_a_teacher_that_learned_nothing_is_reported(tmp_path):
-    config = recipe.Config(teacher="learned", teacher_steps=1, trajectories=20, tests=4, width=16)
-    with Run(tmp_path, 0, store=Store(tmp_path / "store")) as run, pytest.raises(UserError, match="solved no question"):
-        recipe.main(config, run)
+def test_the_worlds_teacher_is_scripted(tmp_path):
+    with Run(tmp_path, 0, store=Store(tmp_path / "store")) as run, pytest.raises(UserError, match="needs real questions"):
+        recipe.main(recipe.Config(teacher="hf:some/model", trajectories=4), run)
 
 
 def test_scripted_trajectories_are_right_by_pythons_own_arithmetic():
@@ -114,6 +113,29 @@ def test_published_trajectories_train_a_real_student_with_lora(tmp_path):
     assert metrics["accuracy"] == 0
     assert (tmp_path / "run" / "student" / "adapter_config.json").exists()
     assert recipe.ask(str(tmp_path / "q.jsonl")) == [("1+1?", "2")]
+
+
+def test_real_questions_are_collected_with_first_thoughts_and_filtered(tmp_path, monkeypatch):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in (1, 2)))
+    heard = []
+
+    def served(cfg, run):
+        def policy(conversations, openings, samples):
+            heard.extend(openings)
+            thinks = conversations[0][0]["content"] == recipe.COT_SYSTEM
+            text = "add one\n\n1+1=2" if thinks else "Code:\n```py\nfinal_answer(2)\n```"
+            return [[first + text] for first in openings]
+
+        return policy
+
+    monkeypatch.setattr(recipe, "served", served)
+    config = recipe.Config(questions=str(tmp_path / "q.jsonl"), teacher="openai:http://localhost/v1#m", first_thought=True, student="hf:x")
+    with Run(tmp_path / "run", 0, store=Store(tmp_path / "store")) as run, Sandbox({"final_answer": lambda value: value}) as box:
+        traces, metrics = recipe.collect(config, run, Workbench(box))
+    assert metrics == {"teacher_success": 0.5}
+    assert heard == ["", ""] + ["Thought: add one\n\n"] * 2
+    assert traces[0].segments[0].text == recipe.SYSTEM
+    assert traces[0].segments[-1].text.startswith("Thought: add one\n\nCode:")
 
 
 def test_real_questions_need_a_real_student(tmp_path):

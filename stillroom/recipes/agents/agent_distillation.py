@@ -8,7 +8,8 @@ first-thought prefix (the teacher's agent reply is opened with the first thought
 
 The laptop's world: entities with a number each, questions like `kefo*lumi+17`, a tool look(name), Python in the sandbox. Facts of
 questions asked out of domain never occur in training. Exact: formats, masks, filter, prefix, selection. Shrunk: models and world.
-With `--questions` and a real teacher and student the same program collects, filters, trains (LoRA) and tests.
+With `--questions` and a real teacher and student the same program collects, filters, trains (LoRA) and tests. The first-thought prefix
+needs a teacher that reasons better than it acts; none small enough for a laptop did, so it is offered for real teachers and not claimed.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class Config:
     student_learns: Literal["agent", "cot", "cot+facts"] = "agent"
     """Trajectories, chains of thought, or chains of thought with the facts retrieved into the prompt."""
     teacher: str = "scripted"
-    """scripted, learned (a decoder that knows chains of thought well and agents badly), or for real questions openai:URL#model or hf:ID."""
+    """scripted in the world; for real questions openai:URL#model or hf:ID-or-folder."""
     first_thought: bool = False
-    """Open the teacher's trajectories with the first thought of its chain of thought."""
+    """Open a real teacher's trajectories with the first thought of its chain of thought."""
     train_observations: bool = False
     """Control: train on observations too."""
     samples: Count = 1
@@ -66,9 +67,6 @@ class Config:
     steps: Count = 300
     batch_size: Count = 32
     optimizer: Optimizer = Optimizer("adamw", 3e-3, weight_decay=0.01, schedule="linear", warmup=30, clip=1.0)
-    teacher_steps: Count = 400
-    teacher_agent_share: Share = 0.06
-    """Of the learned teacher's training examples, those that are trajectories."""
     questions: str = ""
     """JSON lines of {"question", "answer"} instead of the world."""
     test_questions: str = ""
@@ -92,7 +90,6 @@ def full() -> Config:
 
 
 EARLY = {"steps": 130}
-LEARNED = {"teacher": "learned", "steps": 100}  # the claim is about the teacher; its student is trained briefly
 ARMS = {
     "cot": {"student_learns": "cot"},
     "agent": {},
@@ -100,8 +97,6 @@ ARMS = {
     "observations trained": {"train_observations": True},
     "early": EARLY,
     "early, self-consistent": {**EARLY, "samples": 8},
-    "learned teacher": LEARNED,
-    "learned teacher, first thought": {**LEARNED, "first_thought": True},
 }
 CLAIMS = [
     Claim("an agent's student answers about entities it never saw", "ood", "agent", "cot", margin=0.3, paper="7B: 39.9 against 33.5"),
@@ -111,10 +106,6 @@ CLAIMS = [
         "failed_actions", "early, self-consistent", "early", "lower", paper="parse errors of the 0.5B about halved",
     ),
     Claim("and raise its accuracy", "accuracy", "early, self-consistent", "early", paper="1.5B: 28.1 to 30.3"),
-    Claim(
-        "a first thought from its chain of thought raises the teacher's success as an agent",
-        "teacher_success", "learned teacher, first thought", "learned teacher", paper="58.4 to 67.1 on MATH level 5",
-    ),
     Claim("with observations masked the student does not invent them", "invented", "agent", "observations trained", "lower", 0.3),
 ]  # fmt: skip
 
@@ -130,21 +121,18 @@ def main(cfg: Config, run: Run) -> dict[str, float]:
     return real(cfg, run) if cfg.questions or cfg.published else laptop(cfg, run)
 
 
-ACT, THINK = "act", "think"
-"""The two system prompts of the world's learned teacher."""
-
-
 # -- the world ---------------------------------------------------------------------------------------------------------------------
 def laptop(cfg: Config, run: Run) -> dict[str, float]:
     world = make_world(run.seed)
     tokenizer = Characters(ALPHABET, symbols=SYMBOLS)
     with Sandbox({"look": world.facts.__getitem__, "final_answer": lambda value: value}, limits=Limits(2.0)) as box:
         bench = Workbench(box)
-        traces, metrics = lessons(cfg, run, world, tokenizer, bench)
+        traces = lessons(cfg, run, world, bench)
         net, optimizer = run.trainable("student", Decoder(len(tokenizer), cfg.width, cfg.layers, 4), cfg.optimizer)
         sft(cfg, run, net, optimizer, to_rows(tokenizer, traces, cfg.train_observations))
         net = run.unwrap(net)
         tests = {"accuracy": world.questions(cfg.tests, "test"), "ood": world.questions(cfg.tests, "test", unseen=True)}
+        metrics: dict[str, float] = {}
         episodes: list[Episode] = []
         for name, questions in tests.items():
             right, found = solve(cfg, world, tokenizer, net, questions, bench)
@@ -160,52 +148,27 @@ def laptop(cfg: Config, run: Run) -> dict[str, float]:
     return metrics
 
 
-def lessons(cfg: Config, run: Run, world: World, tokenizer: Characters, bench: Workbench) -> tuple[list[Trace], dict[str, float]]:
+def lessons(cfg: Config, run: Run, world: World, bench: Workbench) -> list[Trace]:
     """What the student is trained on: chains of thought, or the teacher's trajectories that pass the filter."""
     questions = world.questions(cfg.trajectories, "train")
     if cfg.student_learns != "agent":
         facts = world.facts if cfg.student_learns == "cot+facts" else None
-        return [cot_trace(q, world, facts) for q in questions], {}
-    if cfg.teacher == "scripted":
-        policy, opening, system = scripted(questions), None, ""
-    elif cfg.teacher == "learned":
-        size = (cfg.width, cfg.layers, cfg.batch_size, cfg.optimizer, cfg.teacher_steps, cfg.teacher_agent_share, cfg.trajectories)
-        with run.stage("teacher", shared=(learn_to_teach, make_world, size)) as stage:
-            policy = greedy(run.frozen(learn_to_teach(cfg, stage, world, tokenizer, bench)), tokenizer)
-        questions, system = questions[:200], ACT
-        opening = first_thoughts(policy, [q.text() for q in questions], THINK) if cfg.first_thought else None
-    else:
-        raise UserError(f"--teacher {cfg.teacher} needs real questions (--questions FILE); the world's teachers are scripted and learned.")
-    episodes = rollout(policy, [q.text() for q in questions], bench, system=system, max_steps=cfg.max_steps, openings=opening)
-    kept = [e for q, e in zip(questions, episodes) if correct(q, world, e)]
-    if not kept:
-        raise UserError("The teacher solved no question, so there is nothing to learn from: raise --teacher-steps.")
-    traces = [e.trace("", teacher=cfg.teacher, first_thought=cfg.first_thought) for e in kept]
+        return [cot_trace(q, world, facts) for q in questions]
+    if cfg.teacher != "scripted":
+        raise UserError(f"--teacher {cfg.teacher} needs real questions (--questions FILE); in the world the teacher is scripted.")
+    episodes = rollout(scripted(questions), [q.text() for q in questions], bench)
+    traces = [e.trace("", teacher="scripted") for q, e in zip(questions, episodes) if correct(q, world, e)]
     write(run.folder / "trajectories.jsonl", traces)
-    return traces, {"teacher_success": len(kept) / len(questions)}
+    return traces
 
 
-def cot_trace(question: Question, world: World, facts: dict[str, int] | None, system: str = "") -> Trace:
-    head = [{"role": "system", "content": system}] if system else []
+def cot_trace(question: Question, world: World, facts: dict[str, int] | None) -> Trace:
     turns = [{"role": "user", "content": question.text(facts)}, {"role": "assistant", "content": question.thought(world.facts)}]
-    return Trace.of([*head, *turns])
+    return Trace.of(turns)
 
 
 def correct(question: Question, world: World, episode: Episode) -> bool:
     return episode.clean and numbers.accepts(str(episode.answer), str(question.values(world.facts)[1]))
-
-
-def learn_to_teach(cfg: Config, stage: Run, world: World, tokenizer: Characters, bench: Workbench) -> nn.Module:
-    """The learned teacher: many chains of thought and few trajectories, told apart by the system prompt."""
-    questions = world.questions(cfg.trajectories, "teacher")
-    few = questions[: round(cfg.teacher_agent_share * len(questions))]
-    episodes = rollout(scripted(few), [q.text() for q in few], bench)
-    traces = [cot_trace(q, world, None, THINK) for q in questions[len(few) :]] + [e.trace(ACT) for e in episodes]
-    net, optimizer = stage.trainable("teacher", Decoder(len(tokenizer), cfg.width, cfg.layers, 4), cfg.optimizer)
-    rows = to_rows(tokenizer, traces, False)
-    for step in stage.steps(cfg.teacher_steps):
-        train_step(stage, net, optimizer, rows.take(shuffled(len(rows), cfg.batch_size, stage.seed, step)))
-    return stage.unwrap(net)
 
 
 def scripted(questions: Sequence[Question]) -> Policy:
