@@ -72,7 +72,7 @@ class _ChunkedLoss(torch.autograd.Function):
         sums = torch.zeros(2, dtype=exact, device=hidden.device)
         ce_weight, kd_weight = weights
         for chunk in kept.split(rows):
-            part = hidden[chunk]
+            part = hidden[chunk].to(weight.dtype)  # under autocast the states are bfloat16 and the head is not
             logits = linear(part, weight, bias).to(exact).requires_grad_()
             heat = temperature[chunk].to(exact) if isinstance(temperature, Tensor) else temperature
             with torch.enable_grad():
@@ -91,7 +91,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 (slope,) = torch.autograd.grad(scalar, logits)
             slope /= total
             if grad_hidden is not None:
-                grad_hidden[chunk] = slope.to(weight.dtype) @ weight
+                grad_hidden[chunk] = (slope.to(weight.dtype) @ weight).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(slope.t(), part.to(exact))
             if grad_bias is not None:

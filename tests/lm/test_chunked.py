@@ -104,6 +104,17 @@ def test_weight_gradient_accumulates_in_float32():
     assert (half.grad.float() - exact.grad).norm() < 0.02 * exact.grad.norm()
 
 
+def test_half_precision_states_under_a_float32_head():
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(9, 4).bfloat16(), torch.randn(6, 4, requires_grad=True), torch.randint(6, (9,))
+    hidden.requires_grad_()
+    chunked_loss(hidden, weight, labels, ce_weight=1.0).loss.backward()
+    exact = hidden.detach().float().requires_grad_()
+    cross_entropy(exact @ weight.detach().t(), labels).backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(hidden.grad.float(), exact.grad, atol=2e-3, rtol=2e-2)
+
+
 def test_top_k_with_a_leftover_bucket_is_a_lower_bound_and_exact_at_full_width():
     torch.manual_seed(0)
     teacher, student = 3 * torch.randn(20, 13, dtype=torch.float64), torch.randn(20, 13, dtype=torch.float64)
