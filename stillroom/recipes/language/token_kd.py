@@ -61,7 +61,7 @@ class Config:
     """small is trained first; hf:ID-or-folder, gguf:FILE-or-package and run:FOLDER are taken as they are."""
     teacher_width: Count = 64
     teacher_layers: Count = 2
-    teacher_steps: Count = 700
+    teacher_steps: Count = 500
     teacher_optimizer: Optimizer = Optimizer("adamw", 5e-3, weight_decay=0.1, beta2=0.95, schedule="cosine", warmup=50, clip=1.0)
     student: str = "small"
     """small, hf:ID-or-folder, or layers:N for N of the teacher's layers, started from it."""
@@ -70,9 +70,9 @@ class Config:
     mode: Literal["word", "sequence", "on-policy"] = "word"
     kind: Name = "forward_kl"
     """The divergence D."""
-    cache: Literal["topk", "topk-cut", "sampled", "states", "full", "online"] = "topk"
+    signal: Literal["topk", "topk-cut", "sampled", "states", "full", "online"] = "topk"
     """Where the teacher's word comes from; topk-cut drops the leftover mass (biased, for comparison), online asks it at every step."""
-    cache_size: Count = 8
+    signal_size: Count = 8
     """Words kept per token by topk and sampled."""
     temperature: Positive = 1.0
     ce_weight: NonNegative = 0.0
@@ -90,7 +90,7 @@ class Config:
 def full() -> Config:
     """A chat model into a quarter of its layers, word by word; give `--data` a file of chats."""
     return Config(
-        data="chats.jsonl", length=1024, limit=0, teacher="hf:HuggingFaceTB/SmolLM2-1.7B-Instruct", student="layers:6", cache_size=64,
+        data="chats.jsonl", length=1024, limit=0, teacher="hf:HuggingFaceTB/SmolLM2-1.7B-Instruct", student="layers:6", signal_size=64,
         ce_weight=0.1, kd_weight=0.9, steps=20_000, batch_size=64,
         optimizer=Optimizer("adamw", 2e-4, weight_decay=0.01, beta2=0.95, schedule="cosine", warmup=500, clip=1.0),
     )  # fmt: skip
@@ -99,9 +99,9 @@ def full() -> Config:
 ARMS = {
     "plain": {"kd_weight": 0.0, "ce_weight": 1.0},
     "word": {},
-    "word, online": {"cache": "online"},
-    "word, cut": {"cache": "topk-cut"},
-    "word, sampled": {"cache": "sampled", "cache_size": 12},
+    "word, online": {"signal": "online"},
+    "word, cut": {"signal": "topk-cut"},
+    "word, sampled": {"signal": "sampled", "signal_size": 12},
     "sequence": {"mode": "sequence"},
     "on-policy": {"mode": "on-policy"},
 }
@@ -193,7 +193,8 @@ def find_teacher(cfg: Config, run: Run) -> tuple[nn.Module, Any]:
 
 
 STUDENT_ONLY = (
-    "limit", "test_limit", "student", "student_width", "student_layers", "mode", "kind", "cache", "cache_size", "temperature", "ce_weight",
+    "limit", "test_limit", "student",
+    "student_width", "student_layers", "mode", "kind", "signal", "signal_size", "temperature", "ce_weight",
     "kd_weight", "own_text", "sampling_temperature", "max_new_tokens", "steps", "optimizer",
 )  # fmt: skip
 
@@ -244,16 +245,16 @@ def word_signal(
     """`signal(index, batch)` for word-level steps, and the cache that it reads, if any."""
     if not cfg.kd_weight or cfg.mode == "sequence":
         return lambda index, batch: None, None
-    if cfg.cache == "online":
+    if cfg.signal == "online":
         return lambda index, batch: online(teacher, batch), None
-    kind: Any = "topk" if cfg.cache == "topk-cut" else cfg.cache
+    kind: Any = "topk" if cfg.signal == "topk-cut" else cfg.signal
     bound = cfg.temperature if kind in ("topk", "sampled") else 1.0
-    what = Capture(kind, cfg.cache_size, bound, seed=run.seed)
+    what = Capture(kind, cfg.signal_size, bound, seed=run.seed)
     cache = capture(run.store.folder, teacher, tokenizer, train.lists(), what, progress=run.progress)
 
     def signal(index: Tensor, batch: Rows) -> Signal:
         found = cache.signal(index.tolist(), width=batch.ids.shape[1])
-        if cfg.cache == "topk-cut" and isinstance(found, TopK):
+        if cfg.signal == "topk-cut" and isinstance(found, TopK):
             return TopK(found.ids, found.log_probs, torch.full_like(found.log_tail, -torch.inf), found.temperature)
         return found
 
