@@ -223,6 +223,15 @@ def _delete_run(folder: Path) -> None:
 
 
 @app.command
+def search(name: Positional[str]) -> None:
+    """Search the flags of a recipe for better ones, config by config and seed by seed. `stillroom search NAME --help`: its flags.
+
+    Args:
+        name: a recipe of `stillroom list`.
+    """
+
+
+@app.command
 def verify(
     name: Positional[str | None] = None,
     all: bool = False,
@@ -362,6 +371,10 @@ def main(args: list[str] | None = None) -> int:
     try:
         if args[:1] == ["run"] and len(args) > 1 and not args[1].startswith("-"):
             run_recipe(args[1], args[2:])
+        elif args[:1] == ["search"] and len(args) > 1 and not args[1].startswith("-"):
+            from stillroom.search import command
+
+            command.main(args[1], args[2:])
         else:
             app.cli(args=args, prog="stillroom", description="Model distillation: run published systems, and check their claims.")
     except UserError as error:

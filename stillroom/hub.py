@@ -36,13 +36,17 @@ class Wrapped(nn.Module):
         super().__init__()
         self.model, self.size, self.normalise = model, size, Normalise(mean, std)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def prepare(self, images: Tensor) -> Tensor:
+        """The pixels as the model wants them."""
         channels = len(self.normalise.mean)
         if images.shape[1] == 1 < channels:
             images = images.expand(-1, channels, -1, -1)
         if self.size is not None and images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", antialias=True)
-        output = self.model(self.normalise(images))
+        return self.normalise(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.model(self.prepare(images))
         return output if isinstance(output, Tensor) else output.logits
 
 
@@ -64,6 +68,52 @@ def load_classifier(spec: str, *, data: ImageData, fresh: bool = False) -> nn.Mo
     if kind == "timm" and name:
         return _timm(name, data, fresh)
     raise UserError(f"{spec!r} names no classifier: write {KINDS}.")
+
+
+class Encoder(nn.Module):
+    """The features of a classifier that has `features(images)`, as a network of their own: images (B, C, H, W) in [0, 1] to (B, d)."""
+
+    def __init__(self, net: Any):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net.features(images)
+
+
+class Backbone(Wrapped):
+    """Another library's image encoder, made to take images (B, C, H, W) in [0, 1] of any size and to give features (B, d): the class
+    token of a transformer, the average over positions of a convolutional network."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        last = self.model(self.prepare(images)).last_hidden_state
+        return last[:, 0] if last.ndim == 3 else last.mean((2, 3))
+
+
+def load_encoder(spec: str, *, data: ImageData) -> nn.Module:
+    """The image encoder that `spec` names, with its weights: images (B, C, H, W) in [0, 1] to features (B, d).
+
+    `hf:ID-or-folder` is a transformers backbone (without any head), `run:FOLDER` the features of a small network that an earlier run
+    saved, whatever its classes. UserError as for `load_classifier`.
+    """
+    kind, _, name = spec.partition(":")
+    if kind == "run" and name:
+        return Encoder(_saved(Path(name), data, fresh=False, any_classes=True))
+    if kind != "hf" or not name:
+        raise UserError(f"{spec!r} names no trained encoder: write hf:ID-or-folder or run:FOLDER.")
+    transformers = needs("transformers", "hf")
+    try:
+        model = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"hf:{name} could not be loaded: {error}") from error
+    return wrap(model, name, data=data, kind=Backbone)
+
+
+def wrap(model: nn.Module, name: str, *, data: ImageData | None, kind: type[Wrapped] = Wrapped) -> Wrapped:
+    """A transformers image model, loaded from `name`, with the size and normalisation that its processor file declares."""
+    config: Any = model.config
+    processor = _read_processor(needs("transformers", "hf"), name)
+    return kind(model, _expected_size(config, processor), *_normalisation(name, config, processor, data))
 
 
 def load_student(folder: str | Path) -> nn.Module:
@@ -116,7 +166,7 @@ def _processor(net: Wrapped) -> dict[str, Any]:
     }
 
 
-def _saved(folder: Path, data: ImageData | None, fresh: bool) -> nn.Module:
+def _saved(folder: Path, data: ImageData | None, fresh: bool, any_classes: bool = False) -> nn.Module:
     folder = next((place for place in (folder / "student", folder) if (place / "config.json").is_file()), folder)
     config = _config(folder)
     if "model_type" in config:
@@ -127,7 +177,8 @@ def _saved(folder: Path, data: ImageData | None, fresh: bool) -> nn.Module:
             f"safetensors.torch.load_file('{folder / WEIGHTS}') and pass the module to the recipe's main()."
         )
     spec = config["stillroom"]
-    _same_classes(str(folder), spec["classes"], data)
+    if not any_classes:
+        _same_classes(str(folder), spec["classes"], data)
     if data is not None and (spec["channels"], spec["size"]) != (data.channels, data.size):
         raise UserError(
             f"{folder} takes images of {spec['channels']} channels and {spec['size']} pixels a side, but {data.name} has "
@@ -173,21 +224,28 @@ def _transformers(name: str, data: ImageData | None, fresh: bool) -> nn.Module:
         raise UserError(f"hf:{name} could not be loaded: {error}") from error
     if missing:
         raise UserError(f"hf:{name} is not a trained classifier: its weights lack {', '.join(sorted(missing)[:3])}.")
+    net = wrap(model, name, data=data)
+    if coded:
+        packed.load_packed(net, folder / packed.FILE)
+    return net
+
+
+def _normalisation(
+    name: str, config: Any, processor: Mapping[str, Any], data: ImageData | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:  # fmt: skip
+    """Mean and deviation by which the model's images in [0, 1] are normalised. UserError if its channels are not those of `data`."""
     channels = getattr(config, "num_channels", 3)
     if data is not None and data.channels not in (1, channels):
         raise UserError(f"hf:{name} takes images of {channels} channel(s), but {data.name} has {data.channels}.")
     if not processor:
-        warnings.warn(f"hf:{name} has no preprocessor_config.json: images are normalised by a mean and deviation of 0.5.", stacklevel=3)
+        warnings.warn(f"hf:{name} has no preprocessor_config.json: images are normalised by a mean and deviation of 0.5.", stacklevel=4)
     scale = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255.0
     normalise = processor.get("do_normalize", True)
     mean, std = (
         tuple(value / scale for value in (processor.get(key) or [0.5] * channels)) if normalise else (plain / scale,) * channels
         for key, plain in (("image_mean", 0.0), ("image_std", 1.0))
     )
-    net = Wrapped(model, _expected_size(config, processor), mean, std)
-    if coded:
-        packed.load_packed(net, folder / packed.FILE)
-    return net
+    return mean, std
 
 
 def _read_processor(transformers: Any, name: str) -> dict[str, Any]:

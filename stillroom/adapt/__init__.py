@@ -1,1 +1,1 @@
-"""Pieces that change a network or what surrounds it: exits, quantizers."""
+"""What changes a network, or solves part of it in closed form: exits, quantizers, ridge heads, masked pre-training models."""
