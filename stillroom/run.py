@@ -235,14 +235,7 @@ class Run:
         """
         given = {"loss": loss, **parts} if loss is not None else parts
         roles = [self._role(o) for o in (optimizer if isinstance(optimizer, tuple) else (optimizer,))]
-        weight: Any = 1.0
-        means: dict[str, torch.Tensor] = {}
-        for part, value in given.items():
-            if value.dim():
-                # A chunk may have nothing to count: it then adds nothing.
-                weight = value.numel() if count is None else torch.as_tensor(count, device=value.device).clamp_min(1e-12)
-                value = value.sum() / weight if count is not None else value.mean()
-            means[part] = value
+        means, weight = held.averages(given, count)
         total = functools.reduce(torch.add, means.values())
         who = roles[0].name
         self.finite.check(who, total, means)
