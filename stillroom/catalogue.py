@@ -9,8 +9,11 @@ import difflib
 import functools
 import importlib
 import json
+import math
 import os
 import platform
+import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stillroom import __version__
 from stillroom import config as configs
 from stillroom.errors import UserError
 
@@ -42,6 +46,7 @@ class Card:
 def _card(name: str, family: str, module: str, file: Path) -> Card:
     head = file.read_text()
     title = head.lstrip().removeprefix('r"""').removeprefix('"""').partition("\n")[0].rstrip('" ')
+    title = re.sub(r" \([^()]*\)\.?$", "", title)  # the list has no room for authors; the card shows them
     return Card(name, family, module, title, "\nBASELINE = True" in head)
 
 
@@ -57,7 +62,10 @@ def cards() -> dict[str, Card]:
         if file.stem != "__init__"
     }
     for point in metadata.entry_points(group="stillroom.recipes"):
-        spec = util.find_spec(point.value)
+        try:
+            spec = util.find_spec(point.value)
+        except ImportError:  # a package half removed: the others must go on working
+            continue
         if spec is not None and spec.origin is not None:
             found[point.name] = _card(point.name, point.value.partition(".")[0], point.value, Path(spec.origin))
     return found
@@ -67,7 +75,7 @@ def find(name: str) -> Card:
     """UserError, with near matches, for a name that the catalogue lacks."""
     if name in cards():
         return cards()[name]
-    near = difflib.get_close_matches(name, cards(), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), cards(), n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else "`stillroom list` shows all."
     raise UserError(f"there is no recipe called {name!r}. {hint}", code=2)
 
@@ -103,21 +111,21 @@ def execute(name: str, config: Any, run: Run, *, arm: str | None = None, **keywo
     from stillroom.store import write_atomic
 
     configs.check(config)
-    given = {"recipe": name, "arm": arm, "seed": run.seed, "config": configs.flatten(config)}
+    given = {"recipe": name, "arm": arm, "seed": run.seed, "precision": run.engine.precision, "config": configs.flatten(config)}
     given = json.loads(json.dumps(given, default=str))
-    file = run.folder / "config.json"
-    if file.exists():
-        _refuse_other(json.loads(file.read_text()), given, run.folder)
+    before = read_config(run.folder)
+    if before is not None:
+        _refuse_other(before, given, run.folder)
     elif not run.rank:
-        write_atomic(file, json.dumps(given, indent=1))
+        write_atomic(run.folder / "config.json", json.dumps(given, indent=1))
     done = run.folder / "result.json"
     if done.exists():
         return json.loads(done.read_text())
     metrics = load(name).main(config, run, **keywords)
     result = {
         **given,
-        "metrics": {k: float(v) for k, v in metrics.items()},
-        "rows": run.rows,
+        "metrics": {k: _number(v) for k, v in metrics.items()},
+        "rows": [{k: _number(v) for k, v in row.items()} for row in run.rows],
         "seconds": round(run.seconds, 2),
         **environment(),
     }
@@ -127,12 +135,33 @@ def execute(name: str, config: Any, run: Run, *, arm: str | None = None, **keywo
     return result
 
 
+def _number(value: Any) -> Any:
+    """As JSON has it: no tensors, and null for what is not finite."""
+    if isinstance(value, str | int):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The config.json of a run folder; None when there is none. UserError when it is something else's."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"recipe", "arm", "seed", "config"} <= found.keys():
+        raise UserError(f"{folder} does not look like a run folder (its config.json is not a run's): choose another --out.", code=2)
+    return found
+
+
 def _refuse_other(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     if before == now:
         return
     if before["recipe"] != now["recipe"]:
         raise UserError(f"{folder} holds a run of {before['recipe']}, not {now['recipe']}; choose another --out.", code=2)
-    old, new = ({"seed": d["seed"], **d["config"]} for d in (before, now))
+    old, new = ({k: v for k, v in d.items() if k not in ("recipe", "config")} | d["config"] for d in (before, now))
     changed = [f"{k}: {old.get(k)} there, {new.get(k)} now" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     raise UserError(
         f"{folder} holds a run with another config ({'; '.join(changed)}). Choose another --out, or --overwrite it.", code=2
@@ -145,7 +174,7 @@ def environment() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "stillroom": metadata.version("stillroom")} | dict(_versions())
+    return {"python": platform.python_version(), "stillroom": __version__} | dict(_versions())
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -158,9 +187,9 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 @functools.cache
 def commit() -> str | None:
-    """The checkout's commit, marked + when files differ from it; None for an installed package."""
+    """The checkout's commit, marked + when files differ from it; None for an installed package, or without git."""
     root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     git = lambda *words: subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False).stdout.strip()
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "stillroom")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,10 +39,11 @@ class Claim:
 
 
 def judge(differences: Sequence[float], margin: float = 0.0) -> tuple[float, float, float, Verdict]:
-    """Mean, 95 % interval and verdict of paired differences, larger being better. One pair decides nothing."""
-    mean = statistics.fmean(differences)
+    """Mean, 95 % interval and verdict of paired differences, larger being better. One pair decides nothing; one that is not finite
+    fails."""
     if not all(map(math.isfinite, differences)):
-        return mean, -math.inf, math.inf, "fails"
+        return math.nan, -math.inf, math.inf, "fails"
+    mean = statistics.fmean(differences)
     if len(differences) < 2:
         return mean, -math.inf, math.inf, "undecided"
     from scipy.stats import t
@@ -51,10 +53,14 @@ def judge(differences: Sequence[float], margin: float = 0.0) -> tuple[float, flo
     return mean, low, high, "holds" if low > margin else "fails" if high <= margin else "undecided"
 
 
-def outcome(claim: Claim, results: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """The claim's ledger record from the metrics of each arm, seed by seed."""
-    mine = [m[claim.metric] for m in results[claim.arm]]
-    theirs = [m[claim.metric] for m in results[claim.versus]] if isinstance(claim.versus, str) else [claim.versus] * len(mine)
+def outcome(claim: Claim, results: Mapping[str, Sequence[Mapping[str, float | None]]]) -> dict[str, Any]:
+    """The claim's ledger record from the metrics of each arm, seed by seed; None is a metric that is not finite."""
+
+    def values(arm: str) -> list[float]:
+        return [math.nan if (value := m[claim.metric]) is None else value for m in results[arm]]
+
+    mine = values(claim.arm)
+    theirs = values(claim.versus) if isinstance(claim.versus, str) else [claim.versus] * len(mine)
     sign = 1.0 if claim.better == "higher" else -1.0
     mean, low, high, verdict = judge([sign * (a - b) for a, b in zip(mine, theirs, strict=True)], claim.margin)
     numbers = {"difference": mean, "low": low, "high": high}
@@ -96,6 +102,8 @@ def verify(
         except ImportError:
             raise UserError("--backend ray needs ray: pip install 'stillroom[ray]'", code=2) from None
         register_ray()
+    if backend == "dask" and util.find_spec("distributed") is None:
+        raise UserError("--backend dask needs dask: pip install 'dask[distributed]'", code=2)
     with joblib.parallel_config(backend=backend, n_jobs=jobs):
         if backend == "loky":
             stream = joblib.Parallel(return_as="generator")(call for _, _, call in work)
@@ -122,7 +130,9 @@ def verify(
             for arm, runs in by_arm.items()
         },
         "source": fingerprint(source),
-        **{k: v for k, v in results[0][2].items() if k in ("versions", "processor", "commit")},
+        **{k: v for k, v in results[0][2].items() if k in ("versions", "processor")},
+        # Several, if the code changed between interrupted verifications.
+        "commit": ", ".join(dict.fromkeys(result["commit"] for _, _, result in results if result["commit"])) or None,
     }
 
 
@@ -163,7 +173,14 @@ def write_ledger(entry: dict[str, Any], folder: Path | None = None) -> Path:
 
 
 def number(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.4g}"
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def interval(claim: Mapping[str, Any]) -> str:
+    """A claim's mean difference with its 95 % interval, for people."""
+    low = "-∞" if claim["low"] is None else number(claim["low"])
+    high = "∞" if claim["high"] is None else number(claim["high"])
+    return f"{number(claim['difference'])} [{low}, {high}]"
 
 
 def as_markdown(entries: dict[str, dict[str, Any]]) -> str:
@@ -178,14 +195,20 @@ def as_markdown(entries: dict[str, dict[str, Any]]) -> str:
         lines += ["", f"## {name}", "", f"{entry['seeds']} seeds, {entry['processor']}, torch {entry['versions']['torch']}.", ""]
         lines += ["| claim | metric | arm | versus | difference | margin | verdict | paper |", "|---|---|---|---|---|---|---|---|"]
         for c in entry["claims"]:
-            interval = f"{number(c['difference'])} [{number(c['low'])}, {number(c['high'])}]"
             versus = c["versus"] if isinstance(c["versus"], str) else number(c["versus"])
-            cells = [c["text"], f"{c['metric']} ({c['better']})", c["arm"], versus, interval, number(c["margin"]), f"**{c['verdict']}**"]
-            lines.append("| " + " | ".join([*cells, c["paper"]]) + " |")
+            cells = [c["text"], f"{c['metric']} ({c['better']})", c["arm"], versus, interval(c), number(c["margin"]), f"**{c['verdict']}**"]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in [*cells, c["paper"]]) + " |")
         names = list(dict.fromkeys(k for arm in entry["arms"].values() for m in arm["metrics"].values() for k in m))
         lines += ["", "| arm | " + " | ".join(names) + " | seconds |", "|---|" + "---|" * (len(names) + 1)]
         for arm, record in entry["arms"].items():
             columns = [[m[k] for m in record["metrics"].values() if k in m] for k in names]
-            cells = [f"{statistics.fmean(c):.4g} ± {statistics.stdev(c) if len(c) > 1 else 0:.2g}" if c else "" for c in columns]
+            cells = [_spread(column) for column in columns]
             lines.append(f"| {arm} | " + " | ".join(cells) + f" | {record['seconds']} |")
     return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float | None]) -> str:
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values):
+        return "not finite"
+    return f"{statistics.fmean(finite):.4g} ± {statistics.stdev(finite) if len(finite) > 1 else 0:.2g}" if finite else ""

@@ -44,8 +44,8 @@ class RunOptions:
     """Arithmetic of the networks' forward passes."""
     accumulate: Count = 1
     """Chunks that each step's batch is split into, to save memory; the result is that of the whole batch."""
-    threads: int | None = None
-    """CPU threads; default: torch's."""
+    threads: Count = 1
+    """CPU threads. More than one slows small networks down; raise it for large ones."""
     deterministic: bool = False
     """Deterministic kernels on accelerators too (on CPU they are)."""
     save_seconds: NonNegative = 30.0
@@ -68,6 +68,7 @@ def list_(family: Positional[str | None] = None) -> None:
         family: show only this family.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     cards = [card for card in catalogue.cards().values() if family in (None, card.family)]
@@ -83,7 +84,9 @@ def list_(family: Positional[str | None] = None) -> None:
             marks = {"holds": "[green]holds[/]", "fails": "[red]fails[/]", "undecided": "[yellow]undecided[/]"}
             verdicts = [c["verdict"] for c in ledger.get(card.name, {}).get("claims", [])]
             counts = ", ".join(f"{verdicts.count(v)} {marks[v]}" for v in marks if v in verdicts)
-            table.add_row(f"  {card.name}", card.title + (" [dim](baseline)[/]" if card.baseline else ""), counts or "[dim]not verified[/]")
+            table.add_row(
+                f"  {card.name}", escape(card.title) + (" [dim](baseline)[/]" if card.baseline else ""), counts or "[dim]not verified[/]"
+            )
     Console().print(table)
 
 
@@ -95,28 +98,27 @@ def show(name: Positional[str]) -> None:
         name: a recipe of `stillroom list`.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from stillroom.config import flatten
+    from stillroom.report import paragraphs
 
     card, recipe = catalogue.find(name), catalogue.load(name)
     entry = claims.read_ledger().get(name, {})
     console = Console(highlight=False)
-    console.print(
-        f"[bold]{name}[/]  ({card.family}{', baseline' if card.baseline else ''})\n",
-        (recipe.__doc__ or "").strip(),
-        "",
-        sep="\n",
-        markup=True,
-    )
+    console.print(f"[bold]{name}[/]  ({card.family}{', baseline' if card.baseline else ''})\n")
+    for kind, block in paragraphs((recipe.__doc__ or "").strip()):
+        console.print(block + "\n", markup=False, no_wrap=kind == "pre", overflow="ignore", crop=False)
     table = Table("arm", "differs by", "seconds a seed", box=None, header_style="bold", pad_edge=False)
     for arm, changes in recipe.ARMS.items():
         differs = ", ".join(f"{k} = {v}" for k, v in changes.items()) or "the defaults"
-        table.add_row(arm, differs, str(entry.get("arms", {}).get(arm, {}).get("seconds", "")))
+        table.add_row(escape(arm), escape(differs), str(entry.get("arms", {}).get(arm, {}).get("seconds", "")))
     console.print(table, "")
-    for i, claim in enumerate(recipe.CLAIMS):
-        verdict = entry["claims"][i]["verdict"] if i < len(entry.get("claims", [])) else "not verified"
-        console.print(f"claim: {claim.text}: {claim.metric} of {claim.arm} {claim.better} than {claim.versus}  [bold]{verdict}[/]")
+    verdicts = {claim["text"]: claim["verdict"] for claim in entry.get("claims", [])}
+    for claim in recipe.CLAIMS:
+        text = escape(f"claim: {claim.text}: {claim.metric} of {claim.arm} {claim.better} than {claim.versus}")
+        console.print(f"{text}  [bold]{verdicts.get(claim.text, 'not verified')}[/]")
     console.print(f"\nflags of `stillroom run {name}` (--help explains them), laptop default and paper:")
     small, full = flatten(recipe.Config()), flatten(recipe.full())
     for key, value in small.items():
@@ -145,28 +147,45 @@ def run_recipe(name: str, args: list[str]) -> None:
 
     check(flags.options)
     check(flags.config)
+    _refuse_contradiction(recipe, flags.options.arm or _method(recipe)[0], flags.config, preset)
     execute_run(name, recipe, flags.options, flags.config)
+
+
+def _method(recipe: Any) -> tuple[str, str | float | None]:
+    """The arm that the recipe is about, and what it is held against."""
+    return (recipe.CLAIMS[0].arm, recipe.CLAIMS[0].versus) if recipe.CLAIMS else (next(iter(recipe.ARMS)), None)
+
+
+def _refuse_contradiction(recipe: Any, arm: str, config: Any, preset: Any) -> None:
+    """UserError for a flag whose value the arm would silently replace."""
+    from stillroom.config import flatten
+
+    given, usual, used = (flatten(c) for c in (config, preset, catalogue.config_of(recipe, arm, config)))
+    for key, value in given.items():
+        if used[key] != value != usual[key]:
+            flag = f"--{key.replace('_', '-')} {value}"
+            raise UserError(f"{flag} contradicts the arm {arm!r}, which sets {used[key]}: leave it out, or choose another --arm.", code=2)
 
 
 def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> None:
     import torch
 
     from stillroom import engine, report
-    from stillroom.run import Interrupted, Run
+    from stillroom.run import Run
     from stillroom.store import Store, fingerprint
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     if options.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    method, versus = (recipe.CLAIMS[0].arm, recipe.CLAIMS[0].versus) if recipe.CLAIMS else (next(iter(recipe.ARMS)), None)
+    method, versus = _method(recipe)
     method = options.arm or method
     plain = (config, options.seed, method) == (recipe.Config(), 0, options.arm or method) and options.arm is None
     suffix = "" if plain else f"-{fingerprint(config, options.seed, method)[:6]}"
     folder = options.out or Path("runs") / (name + suffix)
     if options.overwrite and folder.exists():
         _delete_run(folder)
+    began = catalogue.read_config(folder) is not None or (folder.is_dir() and any(folder.iterdir()))
     placed = engine.make(options.engine, options.device, options.precision)
     settings: dict[str, Any] = {"engine": placed, "store": Store(options.cache), "accumulate": options.accumulate}
     settings |= {"save_seconds": options.save_seconds, "progress": not options.quiet, "tensorboard": options.tensorboard}
@@ -182,22 +201,34 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
                 page = report.write(folder)
                 report.print_table(report.table(folder))
                 print(f"report: {page}")
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        note = str(stopped) or f"stopped; the last checkpoints are in {folder}"
-        raise UserError(f"{note}.\nGive the same command to continue.") from None
+    except (UserError, OSError):
+        if not began and not any(folder.rglob("*.pt")):  # nothing to continue from: the corrected command may use the folder
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; the last checkpoints are in {folder}. Give the same command to continue.") from None
 
 
 def _delete_run(folder: Path) -> None:
     """Only what is recognisably a run, and not in use, is deleted."""
     from filelock import FileLock, Timeout
 
-    if not (folder / "config.json").exists() and any(folder.iterdir()):
+    if catalogue.read_config(folder) is None and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"--overwrite: {folder} does not look like a run folder (it has no config.json), so it is left alone.", code=2)
     try:
         with FileLock(folder / ".lock", timeout=0):
             shutil.rmtree(folder)
     except Timeout:
         raise UserError(f"{folder} is in use by another live process.") from None
+
+
+@app.command
+def search(name: Positional[str]) -> None:
+    """Search the flags of a recipe for better ones, config by config and seed by seed. `stillroom search NAME --help`: its flags.
+
+    Args:
+        name: a recipe of `stillroom list`.
+    """
 
 
 @app.command
@@ -224,11 +255,15 @@ def verify(
         cache: the store; default: $STILLROOM_CACHE, else the platform's cache folder.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
     from tqdm import tqdm
 
     if (name is None) == (not all):
         raise UserError("give the name of a recipe, or --all.", code=2)
+    for flag, value in (("seeds", seeds), ("jobs", jobs)):
+        if value < 1:
+            raise UserError(f"--{flag} {value} is out of range: it must be at least 1.", code=2)
     for each in catalogue.cards() if name is None else [name]:
         arms = len(catalogue.load(each).ARMS)
         with tqdm(total=arms * seeds, desc=each, leave=False, disable=None) as bar:
@@ -251,10 +286,8 @@ def verify(
             title_justify="left",
         )
         for c in entry["claims"]:
-            interval = f"{claims.number(c['difference'])} [{claims.number(c['low'])}, {claims.number(c['high'])}]"
-            table.add_row(
-                c["text"], c["metric"], c["arm"], str(c["versus"]), interval.replace("[", "\\["), claims.number(c["margin"]), c["verdict"]
-            )
+            versus, number = str(c["versus"]), claims.number(c["margin"])
+            table.add_row(*map(escape, (c["text"], c["metric"], c["arm"], versus, claims.interval(c), number, c["verdict"])))
         Console().print(table)
         print(f"written: {file}")
 
@@ -285,6 +318,23 @@ def compare(runs: Positional[tuple[Path, ...]], out: Path = Path("compare.html")
     from stillroom import report
 
     print(report.compare(list(runs), out))
+
+
+@app.command
+def export(run: Positional[Path], to: Literal["safetensors", "onnx", "torch-export"], out: Path | None = None) -> None:
+    """Write a run's student in a format for deployment, check it against PyTorch and time it; the report then shows both.
+
+    Args:
+        run: folder of a run, or of a saved student.
+        to: safetensors and config in the student's own library, ONNX, or torch.export.
+        out: the folder to write; default: RUN/exported/FORMAT.
+    """
+    from stillroom import report
+    from stillroom.export import export as write
+
+    folder, rows = write(run, to, out)
+    report.print_table([{"name": name, **row} for name, row in rows.items()])
+    print(f"written and checked: {folder}")
 
 
 @app.command
@@ -321,13 +371,17 @@ def main(args: list[str] | None = None) -> int:
     try:
         if args[:1] == ["run"] and len(args) > 1 and not args[1].startswith("-"):
             run_recipe(args[1], args[2:])
+        elif args[:1] == ["search"] and len(args) > 1 and not args[1].startswith("-"):
+            from stillroom.search import command
+
+            command.main(args[1], args[2:])
         else:
             app.cli(args=args, prog="stillroom", description="Model distillation: run published systems, and check their claims.")
     except UserError as error:
         print(f"stillroom: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print("stillroom: stopped", file=sys.stderr)
+        print("stillroom: stopped; what was finished is kept, so give the same command to continue.", file=sys.stderr)
         return 1
     except OSError as error:
         if (error.filename is None and error.errno is None) or os.environ.get("STILLROOM_TRACEBACK"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
@@ -24,7 +24,10 @@ C = TypeVar("C")
 
 
 def bounds(hint: Any) -> Iterator[Ge | Gt | Le | Lt]:
-    """The elementary bounds declared on one annotation, intervals taken apart."""
+    """The elementary bounds declared on one annotation (or inside it: `Count | None`, `tuple[Share, ...]`), intervals taken apart."""
+    if get_origin(hint) is not Annotated:
+        for inner in get_args(hint):
+            yield from bounds(inner)
     for mark in getattr(hint, "__metadata__", ()):
         for bound in mark if isinstance(mark, Interval) else (mark,):
             if isinstance(bound, Ge | Gt | Le | Lt):
@@ -51,17 +54,18 @@ def check(config: Any, prefix: str = "") -> None:
         value, flag = getattr(config, field.name), f"{prefix}{field.name}".replace("_", "-")
         if dataclasses.is_dataclass(value):
             check(value, f"{prefix}{field.name}.")
-        elif isinstance(value, int | float):
-            for bound in bounds(hints[field.name]):
-                if (wanted := _broken(value, bound)) is not None:
-                    raise UserError(f"--{flag} {value} is out of range: it must be {wanted}.", code=2)
+            continue
+        for bound in bounds(hints[field.name]):
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and (wanted := _broken(number, bound)) is not None:
+                    raise UserError(f"--{flag} {number} is out of range: it must be {wanted}.", code=2)
 
 
 def override(config: C, changes: Mapping[str, Any]) -> C:
     """A copy of `config` with `changes` by dotted name, e.g. {"optimizer.lr": 0.1}. KeyError for a name it lacks."""
     for name, value in changes.items():
         head, _, rest = name.partition(".")
-        if head not in {f.name for f in dataclasses.fields(config)}:  # type: ignore[arg-type]
+        if not dataclasses.is_dataclass(config) or head not in {f.name for f in dataclasses.fields(config)}:
             raise KeyError(f"{type(config).__qualname__} has no field {head!r}")
         config = dataclasses.replace(config, **{head: override(getattr(config, head), {rest: value}) if rest else value})  # type: ignore[type-var]
     return config

@@ -58,12 +58,17 @@ class Local:
 
     def copy(self, net: nn.Module) -> nn.Module:
         """An independent, frozen copy in the same layout (for an EMA)."""
-        twin = copy.deepcopy(self.unwrap(net))
+        twin = copy.deepcopy(self.module(net))
         twin.__dict__.pop("forward", None)  # the autocast wrapper is bound to the original
         return self.frozen(twin)
 
-    def unwrap(self, net: Any) -> Any:
+    def module(self, net: Any) -> Any:
+        """The network as this process holds it, without what DDP wraps around it."""
         return net
+
+    def unwrap(self, net: Any) -> Any:
+        """A plain, whole network with the weights of `net`; all processes call it together."""
+        return self.module(net)
 
     def _autocast(self, net: nn.Module) -> nn.Module:
         if self.precision == "bf16" and "forward" not in net.__dict__:
@@ -102,12 +107,12 @@ class Local:
 
     # -- state, the same on disk for every engine
     def state(self, net: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-        net = self.unwrap(net)
+        net = self.module(net)
         tensors = dict(enumerate(parameters(net))) if is_bare(net) else net.state_dict()
         return {"net": tensors} | ({"optimizer": optimizer.state_dict()} if optimizer else {})
 
     def load(self, net: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
-        net = self.unwrap(net)
+        net = self.module(net)
         if is_bare(net):
             with torch.no_grad():
                 for i, parameter in enumerate(parameters(net)):
@@ -164,7 +169,7 @@ class Ddp(_Distributed):
         net = self.accelerator.prepare_model(net.train())
         return net, build(net.parameters())
 
-    def unwrap(self, net: Any) -> Any:
+    def module(self, net: Any) -> Any:
         return net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
 
     def synchronise(self, net: Any, now: bool) -> None:
@@ -210,11 +215,21 @@ class Fsdp2(_Distributed):
 
     def copy(self, net: nn.Module) -> nn.Module:
         template: Any = net._template
-        twin = self.frozen(copy.deepcopy(template).to_empty(device=self.device))
+        twin = self.frozen(copy.deepcopy(template).to_empty(device=self.device))  # the same shards, so that weights copy locally
         with torch.no_grad():
             for new, old in zip([*twin.parameters(), *twin.buffers()], [*net.parameters(), *net.buffers()], strict=True):
                 new.copy_(old)
         return twin
+
+    def unwrap(self, net: Any) -> Any:
+        if not hasattr(net, "_template"):
+            return net
+        whole = copy.deepcopy(net._template).to_empty(device=self.device).train(net.training)
+        whole.load_state_dict(self.state(net, None)["net"])
+        with torch.no_grad():
+            for new, old in zip(whole.buffers(), net.buffers(), strict=True):  # those that a state leaves out too
+                new.copy_(old)
+        return whole.requires_grad_(any(p.requires_grad for p in net.parameters()))
 
     def synchronise(self, net: Any, now: bool) -> None:
         if hasattr(net, "set_requires_gradient_sync"):

@@ -69,6 +69,16 @@ def _events(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
+def progress_bar(path: str, loop: str, start: int, total: int) -> Any:
+    """A bar for the steps that are left, named by stage and loop; none when nothing is left."""
+    if start >= total:
+        return None
+    from tqdm import tqdm
+
+    label = path.partition("/")[2] or path
+    return tqdm(total=total, initial=start, desc=label if loop == "train" else f"{label}:{loop}", leave=False, disable=None)
+
+
 def read(file: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
     if not file.exists():

@@ -6,7 +6,8 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +35,9 @@ SHOWN: dict[str, tuple[str, str, float, int]] = {
 
 
 def shown(metric: str, value: float | None) -> str:
-    """A metric's value for people."""
+    """A metric's value for people; None is one that is not finite."""
     if value is None:
-        return ""
+        return "not finite"
     _, unit, scale, digits = SHOWN.get(metric, (metric, "", 1.0, -1))
     text = f"{value:.4g}" if digits < 0 else f"{value * scale:,.{digits}f}"
     return f"{text} {unit}".strip() if unit != "%" else f"{text} %"
@@ -77,6 +78,8 @@ def png(images: torch.Tensor, columns: int = 8) -> bytes:
     from PIL import Image
     from torch.nn.functional import pad
 
+    if not len(images):
+        raise ValueError("there are no images to draw")
     images = images.detach().float().clamp(0, 1).cpu()
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     columns = min(columns, len(images))
@@ -114,20 +117,24 @@ def table(folder: Path) -> list[dict[str, Any]]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     columns = list(dict.fromkeys(k for row in rows for k in row if k != "name"))
-    out = Table("", box=None, header_style="bold", pad_edge=False)
+    out = Table(box=None, header_style="bold", pad_edge=False)
+    out.add_column("", no_wrap=True, min_width=max(len(row["name"]) for row in rows))
     for column in columns:
         out.add_column(SHOWN[column][0] if column in SHOWN else column, justify="right")
     for row in rows:
-        out.add_row(row["name"], *(shown(c, row.get(c)) for c in columns))
+        out.add_row(escape(row["name"]), *(shown(c, row[c]) if c in row else "" for c in columns))
     Console().print(out)
 
 
 def command(result: dict[str, Any]) -> str:
     """The command line that makes this run again."""
     words = ["stillroom", "run", result["recipe"]] + (["--seed", str(result["seed"])] if result["seed"] else [])
+    words += ["--arm", result["arm"]] if result["arm"] else []
+    words += ["--precision", result["precision"]] if result["precision"] != "fp32" else []
     for name, value in changed(result).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
@@ -135,7 +142,7 @@ def command(result: dict[str, Any]) -> str:
             words.append(f"--{flag}" if value else f"--{head + '.' if head else ''}no-{tail}")
         else:
             words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return " ".join(f"'{w}'" if " " in w else w for w in words)
+    return shlex.join(words)
 
 
 def changed(result: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +154,7 @@ def changed(result: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in result["config"].items() if usual.get(k) != v}
 
 
-def _curves(sources: Iterable[tuple[str, Path]]) -> list[tuple[str, str]]:
+def _curves(sources: list[tuple[str, Path]]) -> list[tuple[str, str]]:
     """One SVG per logged number, with a line per (run, stage)."""
     lines: dict[str, list[tuple[str, list, list]]] = {}
     for label, folder in sources:
@@ -161,19 +168,19 @@ def _curves(sources: Iterable[tuple[str, Path]]) -> list[tuple[str, str]]:
                     points = [(r["step"], r[key]) for r in records if r["loop"] == loop and key in r]
                     name = " ".join(part for part in (stage, "" if loop == "train" else loop, key) if part)
                     lines.setdefault(name, []).append((label, [x for x, _ in points], [y for _, y in points]))
-    return [(name, svg(lambda axes, name=name, series=series: _lines(axes, name, series))) for name, series in lines.items()]  # type: ignore[misc]
+    colour = dict(zip((label for label, _ in sources), COLOURS * len(sources)))
+    return [(name, svg(lambda axes, n=name, s=series: _lines(axes, n, s, colour))) for name, series in lines.items()]  # type: ignore[misc]
 
 
-def _lines(axes: Any, name: str, series: list[tuple[str, list, list]]) -> None:
+def _lines(axes: Any, name: str, series: list[tuple[str, list, list]], colour: dict[str, str]) -> None:
     for label, x, y in series:
-        axes.plot(x, y, label=label, linewidth=1.4)
+        axes.plot(x, y, label=label, linewidth=1.4, color=colour[label])
     positive = [v for _, _, y in series for v in y if v > 0]
     if positive and all(v > 0 for _, _, y in series for v in y) and max(positive) > 50 * min(positive):
         axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_title(name, fontsize=10, loc="left")
-    if len(series) > 1:
-        axes.legend(fontsize=9)
+    axes.legend(fontsize=9)
 
 
 def _pictures(folder: Path, label: str) -> list[dict[str, str]]:
@@ -196,8 +203,8 @@ def write(folder: Path) -> Path:
     parts = [(result["arm"] or "method", folder)]
     if (folder / "baseline" / "result.json").exists():
         parts.insert(0, (read(folder / "baseline")["arm"], folder / "baseline"))
-    page = _page(catalogue.load(result["recipe"]).__doc__ or result["recipe"], table(folder), parts, [result])
-    write_atomic(folder / "report.html", page)
+    html = page(catalogue.load(result["recipe"]).__doc__ or result["recipe"], table(folder), parts, [result])
+    write_atomic(folder / "report.html", html)
     return folder / "report.html"
 
 
@@ -210,11 +217,13 @@ def compare(folders: list[Path], out: Path) -> Path:
     title = f"{len(folders)} runs compared\n\n" + "\n".join(
         f"{f.name}: {r['recipe']}, seed {r['seed']}" for f, r in zip(folders, results, strict=True)
     )
-    write_atomic(out, _page(title, rows, [(f.name, f) for f in folders], results))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, page(title, rows, [(f.name, f) for f in folders], results))
     return out
 
 
-def _page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], results: list[dict[str, Any]]) -> str:
+def page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], results: list[dict[str, Any]]) -> str:
+    """The HTML: title and text, the final table, pictures and curves of `parts` (label, folder), config and commands of `results`."""
     from jinja2 import Environment, FileSystemLoader
 
     title, _, text = doc.strip().partition("\n")
@@ -225,12 +234,12 @@ def _page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], r
     keys = list(dict.fromkeys(k for r in results for k in r["config"]))
     return environment.get_template("report.html").render(
         title=title,
-        text=text.strip("\n"),
+        text=paragraphs(text),
         columns=[SHOWN[c][0] if c in SHOWN else c for c in columns],
-        rows=[(row["name"], [shown(c, row.get(c)) for c in columns]) for row in rows],
+        rows=[(row["name"], [shown(c, row[c]) if c in row else "" for c in columns]) for row in rows],
         gains=_gains(rows) if len(results) == 1 else [],
         curves=_curves(parts),
-        pictures=[picture for label, folder in parts for picture in _pictures(folder, label)],
+        pictures=sorted((p for label, folder in parts for p in _pictures(folder, label)), key=lambda p: (p["kind"] != ".html", p["name"])),
         names=[f.name for _, f in parts] if len(results) > 1 else ["value"],
         config=[(k, [r["config"].get(k, "") for r in results], any(k in changed(r) for r in results)) for k in keys],
         results=results,
@@ -238,15 +247,32 @@ def _page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], r
     )
 
 
+def paragraphs(text: str) -> list[tuple[str, str]]:
+    """A docstring's body as ("p", running text) and ("pre", formulas): a paragraph whose lines are all indented stays as it is."""
+    blocks = [block for block in text.strip("\n").split("\n\n") if block.strip()]
+    return [("pre", b) if all(x.startswith("  ") for x in b.splitlines()) else ("p", " ".join(b.split())) for b in blocks]
+
+
 def _gains(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """(metric, student's value, comparison) for the cards on top: against the last row but one, the student without the method."""
+    """(metric, student's value, comparison) for the cards on top: quality against the student without the method, size against the
+    teacher."""
     if len(rows) < 2:
         return []
     student, other = rows[-1], rows[-2]
     cards = []
-    for metric in [m for m in student if m in other and m != "name"][:4]:
+    quality = [m for m in student if m not in ("name", "parameters", "bytes", "latency_ms", "throughput")]
+    for metric in [m for m in quality if None not in (student[m], other.get(m))][:4]:
         label, unit, scale, _ = SHOWN.get(metric, (metric, "", 1.0, -1))
-        difference = (student[metric] - other[metric]) * scale
-        note = f"{difference:+.3g} {'points' if unit == '%' else unit} against {other['name'].removeprefix('student: ')}".replace("  ", " ")
-        cards.append((label, shown(metric, student[metric]), note))
+        unit = "points" if unit == "%" else unit
+        difference = f"{(student[metric] - other[metric]) * scale:+.3g} {unit}".strip()
+        cards.append((label, shown(metric, student[metric]), f"{difference} against {other['name'].removeprefix('student: ')}"))
+    teacher = next((row for row in rows if row["name"] == "teacher"), {})
+    if teacher.get("parameters") and student.get("parameters"):
+        cards.append(
+            (
+                "parameters",
+                shown("parameters", student["parameters"]),
+                f"teacher: {teacher['parameters'] / student['parameters']:.3g} times as many",
+            )
+        )
     return cards

@@ -41,11 +41,19 @@ class Ema:
         """After an optimizer step: average <- decay * average + (1 - decay) * parameters. Waits for the last chunk of a step."""
         if self.run.chunk + 1 < self.run.accumulate:
             return
-        source = self.run.engine.unwrap(self.source)
+        source = self.run.engine.module(self.source)
         mine, theirs = [[p.detach() for p in net.parameters()] for net in (self.net, source)]
         torch._foreach_lerp_(mine, theirs, 1 - (self.decay if decay is None else decay))
         for average, buffer in zip(self.net.buffers(), source.buffers(), strict=True):
             average.copy_(buffer)
+
+
+def refuse_shared(run: Run, net: nn.Module) -> None:
+    """Freezing `net` would freeze what it shares with a trainable role as well."""
+    mine = set(net.parameters())
+    for role in run.roles.values():
+        if mine.intersection(role.parameters):
+            raise ValueError(f"this network shares parameters with the trainable role {role.name!r}: freeze a deep copy")
 
 
 def backward(run: Run, roles: list[Role], loss: torch.Tensor, weight: Any) -> None:
@@ -72,7 +80,7 @@ def backward(run: Run, roles: list[Role], loss: torch.Tensor, weight: Any) -> No
 
 def step(run: Run, role: Role) -> None:
     """Average, normalise, clip, step and clear."""
-    gradients = [p.grad for p in role.parameters if p.grad is not None]
+    gradients = [p.grad for p in role.parameters if p.grad is not None] if run.world > 1 or run.accumulate > 1 else []
     if run.world > 1 and engines.is_bare(role.net):
         run.engine.average(gradients)
     if run.accumulate > 1:
@@ -98,7 +106,7 @@ class Finite:
 
     def check(self, who: str, total: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
         """On CPU at once; on an accelerator every 32 updates and before each save, so that work stays queued ahead of the host."""
-        if total.device.type == "cpu":
+        if total.is_cpu:
             if not math.isfinite(total.item()):
                 self._stop(self.run.step, who, parts)
             return

@@ -13,11 +13,10 @@ torch's generators only: they are what a step seeds.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
+import pickle
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,21 +24,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from stillroom import engine as engines
 from stillroom import roles as held
 from stillroom.errors import UserError
-from stillroom.log import Clock, MetricsLog
+from stillroom.interrupt import Interrupted, Signals
+from stillroom.log import Clock, MetricsLog, progress_bar
 from stillroom.optim import BuildOptimizer, Optimizer
 from stillroom.roles import Ema, Finite, Role
 from stillroom.store import Store, replacing, write_atomic
 
 B = TypeVar("B")
+N = TypeVar("N")
 
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM arrived and the run saved its state."""
+# Odd numbers that set the seeds of steps, chunks and ranks apart (no hash: after 2 ms of work its code has left the processor's cache).
+_STEP, _CHUNK, _RANK = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 
 
 class Run:
@@ -152,7 +153,8 @@ class Run:
         return net, built
 
     def frozen(self, net: nn.Module) -> nn.Module:
-        """A network that only answers: placed, in eval mode, without gradients, never saved."""
+        """A network that only answers: placed, in eval mode, without gradients, never saved. ValueError if a role trains part of it."""
+        held.refuse_shared(self, net)
         return self.engine.frozen(net)
 
     def ema(self, name: str, net: nn.Module, decay: float) -> Ema:
@@ -177,12 +179,12 @@ class Run:
         if name in self._loops:
             raise ValueError(f"a second loop called {name!r} would overwrite the first one's checkpoint: name it")
         self._loops.add(name)
-        start = self._restore(name)
+        start, first = self._restore(name, total), self._number(name)
         stop = threading.Event()
         saved, stride = time.monotonic(), max(1, total // 200)
         collective = self.world > 1
-        bar = self._bar(total, start, name)
-        with _signals(stop):
+        bar = progress_bar(self.path, name, start, total) if self.progress and not self.rank else None
+        with Signals(stop):
             for step in range(start, total):
                 self.step = step
                 self._log_now = step % stride == 0 or step + 1 == total
@@ -196,7 +198,7 @@ class Run:
                     if collective:
                         for role in self.roles.values():
                             self.engine.synchronise(role.net, chunk + 1 == self.accumulate)
-                    self._seed(name, step, chunk, self.rank)
+                    self._draw_from(first + step * _STEP + chunk * _CHUNK + self.rank * _RANK)
                     yield step
                 if bar is not None:
                     bar.update()
@@ -214,8 +216,9 @@ class Run:
                 if due or stopped or step + 1 == total:
                     self.save(step + 1, name)
                     saved = time.monotonic()
-                if stopped and step + 1 < total:
-                    raise Interrupted(f"stopped after step {step + 1} of {total} ({name}); state saved in {self.folder}")
+                if stopped:
+                    where = f"stopped after step {step + 1} of {total} ({name}); state saved in {self.folder}."
+                    raise Interrupted(f"{where} Give the same command to continue.")
         if bar is not None:
             bar.close()
         self.chunk = 0
@@ -236,7 +239,8 @@ class Run:
         means: dict[str, torch.Tensor] = {}
         for part, value in given.items():
             if value.dim():
-                weight = value.numel() if count is None else count
+                # A chunk may have nothing to count: it then adds nothing.
+                weight = value.numel() if count is None else torch.as_tensor(count, device=value.device).clamp_min(1e-12)
                 value = value.sum() / weight if count is not None else value.mean()
             means[part] = value
         total = functools.reduce(torch.add, means.values())
@@ -261,16 +265,16 @@ class Run:
         parts, mine = self.world * self.accumulate, self.rank * self.accumulate + self.chunk
         if isinstance(batch, torch.Tensor):
             if parts > 1:
-                if len(batch) < parts:
-                    raise UserError(f"a batch of {len(batch)} cannot be split over {parts} processes and chunks; raise the batch size.")
+                if len(batch) % parts:
+                    cut = f"{self.world} processes times {self.accumulate} chunks"
+                    raise UserError(f"a batch of {len(batch)} does not divide into {cut}.", code=2)
                 batch = batch.tensor_split(parts)[mine]  # type: ignore[assignment]
             return batch.to(self.device, non_blocking=True) if batch.device != self.device else batch  # type: ignore
+        if isinstance(batch, tuple | list):
+            items = [self.shard(v) for v in batch]
+            return batch._make(items) if hasattr(batch, "_make") else type(batch)(items)  # type: ignore
         if isinstance(batch, Mapping):
             return {k: self.shard(v) for k, v in batch.items()}  # type: ignore[return-value]
-        if isinstance(batch, tuple) and hasattr(batch, "_make"):
-            return batch._make(self.shard(v) for v in batch)  # type: ignore[attr-defined, return-value]
-        if isinstance(batch, list | tuple):
-            return type(batch)(self.shard(v) for v in batch)  # type: ignore[return-value]
         return batch
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -278,7 +282,8 @@ class Run:
         return self.engine.gather(tensor)
 
     def unwrap(self, net: Any) -> Any:
-        """The network itself, without what DDP wraps around it (for its attributes; call the wrapped one to train)."""
+        """The plain network: without what DDP wraps around it, whole if FSDP2 sharded it (a copy then). For evaluation, attributes and
+        saving; call the one that `trainable` returned to train. All processes call this together."""
         return self.engine.unwrap(net)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------------------
@@ -297,8 +302,11 @@ class Run:
             state["log_size"] = self._log.flush()
             try:
                 write_atomic(self.folder / f"{name}.pt", lambda file: torch.save(state, file))
-            except OSError as error:
-                raise UserError(f"could not save to {self.folder}: {error.strerror or error}. The previous checkpoint is intact.") from None
+            except (OSError, RuntimeError) as error:
+                cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides why a write failed
+                if not isinstance(cause, OSError):
+                    raise
+                raise UserError(f"could not save to {self.folder}: {cause.strerror}. The previous checkpoint is intact.") from None
         self.engine.barrier()
 
     def _state_of(self, value: Any) -> Any:
@@ -306,12 +314,15 @@ class Run:
             return value
         return self.engine.state(value.net, None) if isinstance(value, Ema) else value.state_dict()
 
-    def _restore(self, name: str) -> int:
+    def _restore(self, name: str, total: int) -> int:
         file = self.folder / f"{name}.pt"
         if not file.exists():
             self._log.truncate()
             return 0
-        state = torch.load(file, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({type(error).__name__}). Start again: --overwrite, or another --out.") from None
         missing = set(state["roles"]) ^ set(self.roles) | set(state["tracked"]) ^ set(self._tracked)
         if missing:
             raise UserError(f"{file} was saved by another program: {sorted(missing)} do not match. Start again in a new --out folder.")
@@ -326,13 +337,22 @@ class Run:
                 self.engine.load(value.net, None, saved)
             else:
                 value.load_state_dict(saved)
-        self._log.truncate(state["log_size"])
+        if state["step"] < total:
+            self._log.truncate(state["log_size"])
+        else:
+            self._log.size = state["log_size"]  # what a later loop wrote after this one is for that loop to judge
         self._clock.earlier = max(self._clock.earlier, state["seconds"])
         return state["step"]
 
     def _seed(self, *place: Any) -> None:
+        self._draw_from(self._number(*place))
+
+    def _number(self, *place: Any) -> int:
         digest = hashlib.blake2b(repr((self.seed, self._stream, place)).encode(), digest_size=8).digest()
-        number = int.from_bytes(digest, "little", signed=True)
+        return int.from_bytes(digest, "little")
+
+    def _draw_from(self, number: int) -> None:
+        number &= (1 << 63) - 1
         torch.default_generator.manual_seed(number)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(number)
@@ -348,25 +368,16 @@ class Run:
         """Wall-clock seconds of this run so far, those of earlier, interrupted processes included."""
         return self._clock.seconds()
 
-    def _bar(self, total: int, start: int, name: str) -> Any:
-        if not self.progress or self.rank or start >= total:
-            return None
-        from tqdm import tqdm
-
-        label = self.path.partition("/")[2] or self.path
-        return tqdm(total=total, initial=start, desc=label if name == "train" else f"{label}:{name}", leave=False, disable=None)
-
     def row(self, name: str, **metrics: float) -> None:
         """A line of the final table: teacher, student alone, student."""
         self.rows.append({"name": name, **metrics})
 
     def image(self, name: str, images: torch.Tensor, columns: int = 8) -> None:
         """A grid of images (N, C, H, W) in [0, 1] as samples/NAME.png."""
-        if not self.plots or self.rank:
-            return
-        from stillroom.report import png
+        if self.plots and not self.rank:
+            from stillroom.report import png
 
-        self._sample(f"{name}.png", png(images, columns))
+            self._sample(f"{name}.png", png(images, columns))
 
     def figure(self, name: str, draw: Callable[[Any], None]) -> None:
         """`draw(axes)` on matplotlib axes, kept as samples/NAME.svg in colours that follow the page's light or dark theme."""
@@ -375,35 +386,23 @@ class Run:
 
             self._sample(f"{name}.svg", svg(draw))
 
+    def html(self, name: str, fragment: str) -> None:
+        """A self-contained HTML fragment (it may hold SVG, style and script) across the report's whole width, as samples/NAME.html."""
+        if self.plots and not self.rank:
+            self._sample(f"{name}.html", fragment)
+
     def _sample(self, name: str, content: Any) -> None:
         (self.folder / "samples").mkdir(exist_ok=True)
         write_atomic(self.folder / "samples" / name, content)
 
-    def save_student(self, save: Callable[[Path], None]) -> None:
-        """`save(folder)` fills student/, which appears at once or not at all (a loader's `save_pretrained`, `hub.save_classifier`, …)."""
+    def save_student(self, net: N, save: Callable[[N, Path], None]) -> None:
+        """`save(net, folder)` fills student/ with the plain network, at once or not at all (`hub.save_classifier`, or a function that
+        calls `save_pretrained`)."""
+        whole = self.unwrap(net)
         if not self.rank:
-            with replacing(self.folder / "student") as fresh:
-                save(fresh)
+            try:
+                with replacing(self.folder / "student") as fresh:
+                    save(whole, fresh)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"could not save the student to {self.folder}: {error}. Free space, and give the same command.") from None
         self.engine.barrier()
-
-
-class _signals(contextlib.AbstractContextManager):
-    """While a loop runs, Ctrl-C and SIGTERM set `stop` (so that the step can finish and be saved); the second one takes effect at once."""
-
-    def __init__(self, stop: threading.Event):
-        self.stop = stop
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._arrived)
-
-    def _arrived(self, number: int, frame: Any) -> None:
-        if self.stop.is_set():
-            raise KeyboardInterrupt
-        self.stop.set()
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

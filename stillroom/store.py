@@ -6,12 +6,15 @@ another entry and never a stale one.  One process builds an entry, others that w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -81,6 +84,10 @@ def _source(function: Callable) -> str:
             raise TypeError(f"cannot read the source of {function.__qualname__}, so its result cannot be cached") from error
 
 
+# An entry, its lock, or what a killed builder left of it; nothing else in the folder is ever touched.
+ENTRY = re.compile(r"\.?(?P<key>(?P<name>.+)-[0-9a-f]{32})(?:\.lock|\.\d+\.tmp)?")
+
+
 class Store:
     """A folder of entries `NAME-FINGERPRINT/`."""
 
@@ -95,7 +102,9 @@ class Store:
         """`build(*inputs)` as a dict of tensors, computed once for equal inputs and equal source.
 
         `build` must not close over variables: what it reads has to be among the inputs, or the key would not see it change.
+        Its random draws are seeded by the key, and leave the caller's generators as they were. UserError for a damaged entry.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file, save_file
 
         if inspect.getclosurevars(build).nonlocals:
@@ -105,12 +114,23 @@ class Store:
         if not file.exists():
             with self.lock(folder):
                 if not file.exists():
-                    tensors = {k: v.detach().to("cpu").contiguous() for k, v in build(*inputs).items()}
-                    with replacing(folder) as fresh:
-                        save_file(tensors, fresh / file.name)
-                        (fresh / "entry.json").write_text(json.dumps({"name": name, "kind": "tensors", "made": time.time()}))
+                    for leftover in self._leftovers(folder):
+                        shutil.rmtree(leftover)
+                    with _draws(folder.name[-15:]):
+                        tensors = {k: v.detach().to("cpu").contiguous() for k, v in build(*inputs).items()}
+                    try:
+                        with replacing(folder) as fresh:
+                            save_file(tensors, fresh / file.name)
+                            (fresh / "entry.json").write_text(json.dumps({"name": name, "kind": "tensors", "made": time.time()}))
+                    except (OSError, SafetensorError) as error:
+                        raise UserError(
+                            f"cannot write to the store {self.folder} ({error}): free space, or choose another --cache."
+                        ) from None
         os.utime(folder)  # the time of last use, shown by `stillroom cache`
-        return load_file(file)
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged ({error}). `stillroom cache --clear --name {name}` removes it.") from None
 
     def lock(self, folder: Path) -> Any:
         """An inter-process lock on an entry; the operating system frees it when its holder dies."""
@@ -123,36 +143,56 @@ class Store:
         """Every entry with its name, size in bytes, time of last use and folder, latest first."""
         if not self.folder.is_dir():
             return []
-        found = [
-            {
-                "name": path.name.rsplit("-", 1)[0],
-                "bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
-                "used": path.stat().st_mtime,
-                "folder": path,
-            }
-            for path in self.folder.iterdir()
-            if path.is_dir() and not path.name.startswith(".")
-        ]
+        found = []
+        for path in self.folder.iterdir():
+            match = ENTRY.fullmatch(path.name)
+            if match and path.name == match["key"] and path.is_dir():
+                with contextlib.suppress(FileNotFoundError):  # another process may clear it meanwhile
+                    found.append({"name": match["name"], "bytes": _bytes(path), "used": path.stat().st_mtime, "folder": path})
         return sorted(found, key=lambda entry: -entry["used"])
 
     def clear(self, name: str | None = None) -> tuple[int, int]:
-        """Delete all entries (or those called `name`) that no process holds; the number deleted and their bytes."""
+        """Delete all entries (or those called `name`) that no process holds, and what killed builders left; the number of entries and
+        all bytes. UserError when none is called `name`."""
         from filelock import Timeout
 
         count = size = 0
-        for entry in self.entries():
-            if name in (None, entry["name"]):
-                lock = self.lock(entry["folder"])
-                try:
-                    with lock.acquire(timeout=0):
-                        shutil.rmtree(entry["folder"])
-                        count, size = count + 1, size + entry["bytes"]
-                except Timeout:
-                    continue
-                Path(lock.lock_file).unlink(missing_ok=True)
+        matches = [ENTRY.fullmatch(path.name) for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        for key in {match["key"] for match in matches if match and name in (None, match["name"])}:
+            folder = self.folder / key
+            lock = self.lock(folder)
+            with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+                count += folder.is_dir()
+                for path in (folder, *self._leftovers(folder)):
+                    size += _bytes(path)
+                    shutil.rmtree(path, ignore_errors=True)
+                Path(lock.lock_file).unlink(missing_ok=True)  # while held: whoever waits for it then locks a new file
         if name and not count:
-            raise UserError(f"no cache entry is called {name!r}; `stillroom cache` lists them.")
+            raise UserError(f"no cache entry called {name!r} was deleted: there is none, or it is in use. `stillroom cache` lists them.")
         return count, size
+
+    def _leftovers(self, folder: Path) -> list[Path]:
+        """Half-written folders of builders that were killed; only for who holds the entry's lock."""
+        return list(self.folder.glob(f".{glob.escape(folder.name)}.*.tmp"))
+
+
+def _bytes(folder: Path) -> int:
+    total = 0
+    for place, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, file)).st_size
+    return total
+
+
+@contextlib.contextmanager
+def _draws(key: str) -> Iterator[None]:
+    """Random draws inside depend on the hex `key` alone, and the generators are restored at the end."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = range(torch.accelerator.device_count()) if accelerator else ()
+    with torch.random.fork_rng(devices, device_type=accelerator.type if accelerator else "cuda"):
+        torch.manual_seed(int(key, 16))
+        yield
 
 
 class replacing:

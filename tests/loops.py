@@ -1,14 +1,9 @@
-"""The five shapes of system as small loops on the core, for the tests that kill, resume, split and shard them.
-
-`python tests/loops.py SHAPE FOLDER STEPS [--die-at-save N] [--delay SECONDS]` runs one in its own process and writes FOLDER/final.pt.
-"""
+"""The five shapes of system as small loops on the core, for the tests that kill, resume, split and shard them."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -133,21 +128,16 @@ def tree_search(run: Run, steps: int):
 SHAPES = {f.__name__: f for f in (one_optimizer, three_optimizers, bilevel, two_stages, tree_search)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("steps", type=int)
-    parser.add_argument("--die-at-save", type=int, help="SIGKILL this process in the middle of writing its N-th checkpoint")
-    parser.add_argument("--delay", type=float, default=0.0, help="seconds that every step takes at least")
-    args = parser.parse_args()
+def finish(shape: str, folder: Path, steps: int, die_at_save: int | None = None, delay: float = 0.0) -> None:
+    """Run a shape and write FOLDER/final.pt, in a process of its own: it may SIGKILL itself in the middle of writing its N-th
+    checkpoint. delay: seconds that every step takes at least."""
     torch.set_num_threads(1)
     saves = 0
 
     class Slow(Run):
         def steps(self, total: int, name: str = "train"):
             for step in super().steps(total, name):
-                time.sleep(args.delay)
+                time.sleep(delay)
                 yield step
 
     write = torch.save
@@ -155,7 +145,7 @@ def main() -> None:
     def dying(state, file):
         nonlocal saves
         saves += 1
-        if saves == args.die_at_save:
+        if saves == die_at_save:
             file.write(b"half a checkpoint")
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -163,11 +153,7 @@ def main() -> None:
 
     runs.torch.save = dying
     runs.Run = Slow  # stages are made through the module's name
-    with Slow(args.folder, 7, engine=make("local", "cpu"), store=Store(args.folder.parent / "store"), save_seconds=0.0) as run:
+    with Slow(folder, 7, engine=make("local", "cpu"), store=Store(folder.parent / "store"), save_seconds=0.0) as run:
         print("started", flush=True)
-        final = SHAPES[args.shape](run, args.steps)
-    write([t.detach().clone() for t in final], args.folder / "final.pt")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        final = SHAPES[shape](run, steps)
+    write([t.detach().clone() for t in final], folder / "final.pt")

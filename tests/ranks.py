@@ -1,8 +1,7 @@
-"""Started by torchrun: one loop shape under an engine; rank 0 writes what it ended with. `ranks.py SHAPE ENGINE FOLDER`"""
+"""Started by torchrun: loop shapes under an engine; rank 0 writes what each ended with. `ranks.py ENGINE FOLDER SHAPE…`"""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -18,23 +17,19 @@ def one_role(run: Run, steps: int):
     x, y = rows(1, 64, 8), rows(2, 64, 4)
     student, optimizer = run.trainable("student", mlp(8, 4), ADAM)
     ema = run.ema("ema", student, 0.9)
-    losses = []
     for _ in run.steps(steps):
         image, target = run.shard((x, y))
         keep = run.shard(torch.arange(64) % 7 < 3 + torch.arange(64) // 16)  # masked entries, another count in every chunk
-        loss = run.update(optimizer, ((student(image) - target) ** 2).mean(1) * keep, count=keep.sum())
+        run.update(optimizer, ((student(image) - target) ** 2).mean(1) * keep, count=keep.sum())
         ema.update()
-        losses.append(float(loss))
-    return run.roles["student"].net, ema.net, losses
+    return run.roles["student"].net, ema.net
 
 
-def main(shape: str, engine: str, folder: str) -> None:
-    torch.set_num_threads(1)
+def run_shape(shape: str, engine: str, folder: Path) -> None:
     accumulate = 2 if shape.endswith("accumulated") else 1
-    run = Run(folder, 3, engine=make(engine, "cpu"), store=Store(Path(folder).parent / "store"), accumulate=accumulate)  # type: ignore[arg-type]
-    nets, losses = [], []
+    run = Run(folder / shape, 3, engine=make(engine, "cpu"), store=Store(folder / "store"), accumulate=accumulate)  # type: ignore[arg-type]
     if shape.startswith("one_role"):
-        *nets, losses = one_role(run, 12)
+        nets = list(one_role(run, 12))
     elif shape == "bare":
         weight, optimizer = run.trainable("images", torch.nn.Parameter(rows(1, 8)), ADAM)
         for _ in run.steps(12):
@@ -43,12 +38,20 @@ def main(shape: str, engine: str, folder: str) -> None:
     else:
         three_optimizers(run, 12, noise=rows(9, 12, 64, 5))
         nets = [role.net for role in run.roles.values()]
-    tensors = [t for net in nets for t in run.engine.state(net, None)["net"].values()]
+    states = [run.engine.state(net, None)["net"] for net in nets]
+    whole = [run.unwrap(net) for net in nets if isinstance(net, torch.nn.Module)]
+    for net, state in zip(whole, states, strict=False):
+        assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     if not run.rank:
-        torch.save([t.detach().clone() for t in tensors], Path(folder) / "final.pt")
-        (Path(folder) / "losses.json").write_text(json.dumps(losses))
+        torch.save([t.detach().clone() for state in states for t in state.values()], folder / f"{shape}.pt")
     run.engine.barrier()
     run.close()
+
+
+def main(engine: str, folder: str, *shapes: str) -> None:
+    torch.set_num_threads(1)
+    for shape in shapes:
+        run_shape(shape, engine, Path(folder))
 
 
 if __name__ == "__main__":

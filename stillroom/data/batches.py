@@ -27,7 +27,7 @@ class Batches:
         self.split, self.size, self.seed, self.workers = split, min(size, len(split)), seed, workers
         self.steps_per_epoch = len(split) // self.size
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-        self._next, self._prefetched = -1, iter(())  # type: tuple[int, Iterator[Batch]]
+        self._next, self._prefetched = -1, iter(())  # type: tuple[int, Iterator[Batch | UserError]]
 
     def epoch(self, step: int) -> int:
         """Epochs finished before this step."""
@@ -47,9 +47,12 @@ class Batches:
         if step != self._next:
             self._prefetched = self._prefetch(step)
         self._next = step + 1
-        return Batch(*(part.to(self.split.device, non_blocking=True) for part in next(self._prefetched)))
+        batch = next(self._prefetched)
+        if isinstance(batch, UserError):
+            raise batch
+        return Batch(*(part.to(self.split.device, non_blocking=True) for part in batch))
 
-    def _prefetch(self, step: int) -> Iterator[Batch]:
+    def _prefetch(self, step: int) -> Iterator[Batch | UserError]:
         loader: Any = torch.utils.data.DataLoader(
             _Rows(self.split.to("cpu")),
             batch_size=None,
@@ -60,12 +63,15 @@ class Batches:
         return iter(loader)
 
 
-class _Rows(torch.utils.data.Dataset[Batch]):
+class _Rows(torch.utils.data.Dataset[Batch | UserError]):
     def __init__(self, split: Split):
         self.split = split
 
-    def __getitem__(self, index: Tensor) -> Batch:
-        return self.split.take(index)
+    def __getitem__(self, index: Tensor) -> Batch | UserError:
+        try:
+            return self.split.take(index)
+        except UserError as error:
+            return error  # given as a value: the loader would put a traceback into its message
 
 
 class _Steps(torch.utils.data.Sampler[Tensor]):

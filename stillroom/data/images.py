@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from stillroom.errors import UserError
 from stillroom.store import fingerprint
 
 Device = torch.device | str
@@ -88,7 +89,7 @@ class LazySplit:
     The fingerprint of files is that of their names, sizes and times: hashing the content of a large set would read it all.
     """
 
-    def __init__(self, decode: Decoder, labels: Tensor, rows: Tensor | None = None, device: Device = "cpu"):
+    def __init__(self, decode: Decode, labels: Tensor, rows: Tensor | None = None, device: Device = "cpu"):
         self.decode, self.labels, self.device = decode, labels.long().to(device), torch.device(device)
         self.rows = torch.arange(len(labels)) if rows is None else rows
 
@@ -115,13 +116,16 @@ class LazySplit:
         return fingerprint(self.decode.fingerprint(), self.rows, self.labels)
 
 
-class Decoder(Protocol):
+class Decode(Protocol):
+    """A row number to (C, H, W) uint8 pixels."""
+
     def __call__(self, row: int) -> Tensor: ...
     def fingerprint(self) -> str: ...
 
 
-def statistics(split: Split, most: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, of at most `most` evenly spaced images."""
+def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, of at most 4096 evenly spaced images (256 where each must be decoded)."""
+    most = 4096 if isinstance(split, MemorySplit) else 256
     rows = torch.linspace(0, len(split) - 1, min(len(split), most)).long().unique()
     pixels = split.take(rows).images.double().transpose(0, 1).flatten(1)
     return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1, correction=0).clamp_min(1e-3).tolist())
@@ -178,6 +182,17 @@ def keep_labels(train: Split, count: int, generator: torch.Generator) -> tuple[S
     others[chosen] = False
     rest = others.nonzero().squeeze(1)
     return train.subset(chosen), train.subset(rest, torch.full_like(rest, -1, device=train.device)) if len(rest) else None
+
+
+def spoil_labels(train: Split, share: float, classes: int, generator: torch.Generator) -> Split:
+    """A share of the labels (rounded to whole images) replaced by labels drawn uniformly from all classes, so that a replaced label may
+    be the true one. UserError unless 0 <= share <= 1."""
+    if not 0 <= share <= 1:
+        raise UserError(f"The share of noisy labels must be between 0 and 1, not {share:g}.")
+    labels = train.labels.clone()
+    noisy = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))].to(labels.device)
+    labels[noisy] = torch.randint(classes, (len(noisy),), generator=generator).to(labels.device)
+    return train.subset(torch.arange(len(labels)), labels)
 
 
 def join(first: Split, second: Split) -> Split:

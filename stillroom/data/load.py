@@ -1,4 +1,4 @@
-"""Image data by name: `digits`, `shapes`, a folder of image folders or parquet files, or `hub:ID`."""
+"""Image data by name: `digits`, `shapes`, `spiral`, a folder of image folders or parquet files, or `hub:ID`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from stillroom.data.decode import Cells, Decoder, Files, decode_rows, readable_rows, stamp
-from stillroom.data.embedded import digits, shapes
-from stillroom.data.images import ImageData, LazySplit, MemorySplit, Split, balanced_rows, keep_labels
+from stillroom.data.embedded import digits, shapes, spiral
+from stillroom.data.images import ImageData, LazySplit, MemorySplit, Split, balanced_rows, keep_labels, spoil_labels
 from stillroom.errors import UserError
 from stillroom.store import fingerprint
 
@@ -27,6 +27,7 @@ IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 MEMORY = 2**30
 """Sets that decode to fewer bytes are held in memory."""
+EMBEDDED: dict[str, Callable[[int], ImageData]] = {"digits": digits, "shapes": shapes, "spiral": spiral}
 LAYOUTS = (
     "Understood are train/CLASS/*.png (jpg, jpeg, bmp, webp) beside test/CLASS/ or val/CLASS/, and train.parquet or train-*.parquet "
     "beside test or validation files, with a column image (or img) and a column label (or labels, fine_label)."
@@ -48,24 +49,28 @@ def load_images(
     seed: int,
     labelled: int | None = None,
     limit: int | None = None,
+    transfer: bool = True,
+    noise: float = 0.0,
     image_size: int | None = None,
     skip_bad: bool = False,
     cache: Cache | None = None,
 ) -> ImageData:
-    """The image classification task that `spec` names: `digits`, `shapes`, a folder, or `hub:ID` (with `@train,test` for split names).
+    """The image classification task that `spec` names: an embedded set, a folder, or `hub:ID` (with `@train,test` for split names).
 
     `limit` keeps at most that many training and test images. `labelled` keeps the labels of that many training images, balanced over
-    the classes; the other training images become the transfer set. Both are drawn from `seed`. `image_size` scales and crops every
-    image to that many pixels a side. What cannot be decoded raises UserError with the file or row, or with `skip_bad` is left out
-    and counted in a warning. Sets under 1 GiB of pixels are decoded into memory, through `cache` (`run.cached`) if given; larger
+    the classes; the other training images become the transfer set, or without `transfer` are left out (of the embedded digits they then
+    serve for testing). A share `noise` of the training labels is replaced at random. All is drawn from `seed`. `image_size` scales and
+    crops every image to that many pixels a side. What cannot be decoded raises UserError with the file or row, or with `skip_bad` is left
+    out and counted in a warning. Sets under 1 GiB of pixels are decoded into memory, through `cache` (`run.cached`) if given; larger
     ones decode as they are taken.
     """
     if any(value is not None and value < 1 for value in (labelled, limit, image_size)):
         raise UserError("labelled, limit and image-size must be at least 1.")
-    if spec in ("digits", "shapes"):
+    if spec in EMBEDDED:
         if image_size is not None:
             raise UserError(f"The embedded {spec} images have a fixed size: leave --image-size out.")
-        data = digits(seed, labelled=950, transfer=0) if spec == "digits" else shapes(seed)
+        alone = labelled if labelled and not transfer else 950
+        data = digits(seed, labelled=alone, transfer=0) if spec == "digits" else EMBEDDED[spec](seed)
         train, test, classes = data.train, data.test, data.classes
     else:
         rows = _hub(spec.removeprefix("hub:")) if spec.startswith("hub:") else _folder(Path(spec))
@@ -74,12 +79,13 @@ def load_images(
     generator = torch.Generator().manual_seed(seed)
     if limit is not None:
         train, test = (s if len(s) <= limit else s.subset(balanced_rows(s.labels, limit, generator)) for s in (train, test))
-    transfer: Split | None = None
+    unlabelled: Split | None = None
     if labelled is not None:
         if labelled > len(train):
             raise UserError(f"{spec}: {labelled} labelled images were asked for, but there are {len(train)} training images.")
-        train, transfer = keep_labels(train, labelled, generator)
-    return ImageData.of(spec, train, test, classes, transfer)
+        train, unlabelled = keep_labels(train, labelled, generator)
+    train = spoil_labels(train, noise, len(classes), generator)
+    return ImageData.of(spec, train, test, classes, unlabelled if transfer else None)
 
 
 def needs(module: str, extra: str) -> Any:
@@ -118,7 +124,7 @@ def _decoded(
 
 def _folder(root: Path) -> tuple[Rows, Rows]:
     if not root.is_dir():
-        raise UserError(f"{root}: there is no such folder (nor an embedded set of that name: digits, shapes). {LAYOUTS}")
+        raise UserError(f"{root}: there is no such folder (nor an embedded set of that name: {', '.join(EMBEDDED)}). {LAYOUTS}")
     names = ("train", *TEST_NAMES)
     places = {
         name: [place for end in ("", "-*") for sub in ("", "data/") for place in root.glob(f"{sub}{name}{end}.parquet")] for name in names
@@ -188,7 +194,7 @@ def _hub(spec: str) -> tuple[Rows, Rows]:
             if "train" not in every or not test_name:
                 raise UserError(f"hub:{name} has the splits {', '.join(every)}: name the two to use as hub:{name}@TRAIN,TEST.")
             train, test = every["train"], every[test_name]
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"hub:{spec}: the data set could not be loaded ({error}). Write hub:ID or hub:ID@TRAIN,TEST.") from error
     rows = _dataset(train, f"{name} {train_name}", None)
     return rows, _dataset(test, f"{name} {test_name}", rows.classes)

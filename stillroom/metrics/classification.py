@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillroom.data.images import Split
-from stillroom.nets.modes import eval_mode
+from stillroom.metrics.modes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,6 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 10) -> Reliability:
 
 def evaluate(net: nn.Module, split: Split, batch: int = 512) -> tuple[Tensor, Tensor]:
     """Logits (N, C) and labels (N,) of the whole split in its order. The net is in eval mode meanwhile."""
-    with eval_mode(net), torch.inference_mode():
+    with eval_mode(net), torch.no_grad():
         logits = [net(split.take(index).images) for index in torch.arange(len(split)).split(batch)]
-    return torch.cat(logits), split.labels  # joined outside, or they could not be targets of a loss
+    return torch.cat(logits), split.labels

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stillroom.nets.modes import eval_mode
+from stillroom.metrics.modes import eval_mode
 
 SECONDS = 0.2
 """Time spent on each of the two measurements."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
-from stillroom.nets.parts import Normalise, kaiming
+from stillroom.nets.parts import pooled
 
 
 class Block(nn.Module):
@@ -27,34 +24,6 @@ class Block(nn.Module):
         return relu(y + shortcut)
 
 
-class ResNet(nn.Module):
-    """ResNet of `depth` = 6n+2 layers with 16, 32 and 64 channels (He et al. 2015, section 4.2, shortcut A).
-
-    Images (B, C, size, size) in [0, 1] to logits.
-    """
-
-    def __init__(self, classes: int, channels: int, size: int, mean: Sequence[float], std: Sequence[float], depth: int):
-        super().__init__()
-        name = f"resnet{depth}"
-        self.spec: dict[str, Any] = {"name": name, "classes": classes, "channels": channels, "size": size, "mean": mean, "std": std}
-        layers: list[nn.Module] = [Normalise(mean, std), nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-        channels = 16
-        for stage in range(3):
-            for block in range((depth - 2) // 6):
-                layers.append(Block(channels, 16 * 2**stage, 2 if stage and not block else 1))
-                channels = 16 * 2**stage
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, classes)
-        kaiming(self)
-
-    def features(self, images: Tensor) -> Tensor:
-        """(B, 64), averaged over positions."""
-        return self.body(images).mean((2, 3))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
-
-
 class PreActBlock(nn.Module):
     """Norm and ReLU before each convolution; where the shape changes, the shortcut is a 1x1 convolution of the activated input."""
 
@@ -70,29 +39,20 @@ class PreActBlock(nn.Module):
         return y + (x if self.shortcut is None else self.shortcut(active))
 
 
-class PreActResNet18(nn.Module):
-    """Four stages of two blocks with 64 to 512 channels, norm and ReLU at the end (He et al. 2016), stem for small images.
+def resnet(channels: int, depth: int) -> tuple[list[nn.Module], int]:
+    """`depth` = 6n+2 layers with 16, 32 and 64 channels (He et al. 2015, section 4.2, shortcut A); and the 64 features."""
+    stem: list[nn.Module] = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    return stem + _stages(Block, 16, 3, (depth - 2) // 6) + pooled(), 64
 
-    Images (B, C, size, size) in [0, 1] to logits.
-    """
 
-    def __init__(self, classes: int, channels: int, size: int, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        name = "preact-resnet18"
-        self.spec: dict[str, Any] = {"name": name, "classes": classes, "channels": channels, "size": size, "mean": mean, "std": std}
-        layers: list[nn.Module] = [Normalise(mean, std), nn.Conv2d(channels, 64, 3, 1, 1, bias=False)]
-        channels = 64
-        for stage in range(4):
-            out = 64 * 2**stage
-            layers += [PreActBlock(channels, out, 2 if stage else 1), PreActBlock(out, out, 1)]
-            channels = out
-        self.body = nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU())
-        self.head = nn.Linear(channels, classes)
-        kaiming(self)
+def preact_resnet18(channels: int) -> tuple[list[nn.Module], int]:
+    """Four stages of two blocks with 64 to 512 channels, norm and ReLU at the end (He et al. 2016), with the stem for small images
+    and not for ImageNet's; and the 512 features."""
+    stem: list[nn.Module] = [nn.Conv2d(channels, 64, 3, 1, 1, bias=False)]
+    return stem + _stages(PreActBlock, 64, 4, 2) + [nn.BatchNorm2d(512), nn.ReLU(), *pooled()], 512
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, 512), averaged over positions."""
-        return self.body(images).mean((2, 3))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
+def _stages(block: type[Block] | type[PreActBlock], width: int, stages: int, blocks: int) -> list[nn.Module]:
+    """Stages of equal blocks; from the second on, the first block halves the resolution and doubles the channels."""
+    widths = [width * 2**stage for stage in range(stages) for _ in range(blocks)]
+    return [block(before, after, 1 if before == after else 2) for before, after in zip([width, *widths], widths)]

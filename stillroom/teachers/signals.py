@@ -22,7 +22,7 @@ def logits(run: Run, teacher: nn.Module, images: Split, *, augmented: bool) -> S
     """
     if augmented:
         return lambda index, image: _answer(teacher, image)
-    table = run.cached("teacher-logits", _table, teacher, images)["logits"]
+    table = run.cached("teacher-logits", _table, run.unwrap(teacher), images)["logits"]
     return lambda index, image: table[index]
 
 

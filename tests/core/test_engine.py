@@ -18,7 +18,13 @@ from tests.ranks import main as in_process
 RANKS = Path(__file__).parents[1] / "ranks.py"
 
 
-def launched(shape: str, engine: str, folder: Path) -> list[torch.Tensor]:
+SHAPES = {"ddp": ("one_role", "three_roles", "one_role_accumulated", "bare"), "fsdp2": ("one_role", "three_roles")}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def two_processes(request, tmp_path_factory) -> tuple[str, Path]:
+    """The folder where two processes under one engine left what each shape ended with."""
+    engine, folder = request.param, tmp_path_factory.mktemp(request.param)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -34,38 +40,30 @@ def launched(shape: str, engine: str, folder: Path) -> list[torch.Tensor]:
         str(port),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(RANKS.parents[1])}
-    done = subprocess.run([*words, str(RANKS), shape, engine, str(folder)], env=environment, capture_output=True, text=True, check=False)
+    words += [str(RANKS), engine, str(folder), *SHAPES[engine]]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "final.pt", weights_only=True)
+    return engine, folder
 
 
-def alone(shape: str, folder: Path) -> list[torch.Tensor]:
-    in_process(shape, "local", str(folder))
-    return torch.load(folder / "final.pt", weights_only=True)
+def ended(folder: Path, shape: str) -> list[torch.Tensor]:
+    return torch.load(folder / f"{shape}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize(
-    ("shape", "engine"),
-    [
-        ("one_role", "ddp"),
-        ("one_role", "fsdp2"),
-        ("three_roles", "ddp"),
-        ("three_roles", "fsdp2"),
-        ("one_role_accumulated", "ddp"),
-        ("bare", "ddp"),
-    ],
-)
-def test_two_processes_equal_one(shape: str, engine: str, tmp_path: Path) -> None:
-    expected = alone(shape.removesuffix("_accumulated"), tmp_path / "one" / "run")
-    found = launched(shape, engine, tmp_path / "two" / "run")
-    assert len(found) == len(expected) > 0
-    for a, b in zip(expected, found, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+def test_two_processes_equal_one(two_processes: tuple[str, Path], tmp_path: Path) -> None:
+    engine, folder = two_processes
+    alone = {shape.removesuffix("_accumulated") for shape in SHAPES[engine]}
+    in_process("local", str(tmp_path), *alone)
+    for shape in SHAPES[engine]:
+        expected, found = ended(tmp_path, shape.removesuffix("_accumulated")), ended(folder, shape)
+        assert len(found) == len(expected) > 0
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=lambda text, shape=shape: f"{engine} {shape}: {text}")
 
 
 def test_chunks_equal_the_whole_batch(tmp_path: Path) -> None:
-    expected, found = (alone(shape, tmp_path / shape / "run") for shape in ("one_role", "one_role_accumulated"))
-    for a, b in zip(expected, found, strict=True):
+    in_process("local", str(tmp_path), "one_role", "one_role_accumulated")
+    for a, b in zip(ended(tmp_path, "one_role"), ended(tmp_path, "one_role_accumulated"), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -15,46 +14,49 @@ import torch
 from stillroom import log
 from stillroom.engine import make
 from stillroom.errors import UserError
-from stillroom.run import Interrupted, Run
+from stillroom.interrupt import Interrupted
+from stillroom.run import Run
 from stillroom.store import Store
-from tests.loops import SHAPES, one_optimizer
-
-LOOPS = Path(__file__).parents[1] / "loops.py"
+from tests.loops import SHAPES, finish, one_optimizer
 
 
-def launch(shape: str, folder: Path, *flags: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(LOOPS), shape, str(folder), "25", *flags], env=environment, stdout=subprocess.PIPE)
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory) -> None:
+    """What torch imports with the first step is imported before processes are forked."""
+    with small(tmp_path_factory.mktemp("warm") / "run") as run:
+        one_optimizer(run, 1)
 
 
-def finished(shape: str, folder: Path) -> list[torch.Tensor]:
-    assert launch(shape, folder).wait() == 0
+def finished(child, shape: str, folder: Path) -> list[torch.Tensor]:
+    assert child(finish, shape, folder, 25).code() == 0
     return torch.load(folder / "final.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_killed_process_resumes_bitwise(shape: str, tmp_path: Path) -> None:
-    straight = finished(shape, tmp_path / "straight" / "run")
+def test_killed_process_resumes_bitwise(shape: str, tmp_path: Path, child) -> None:
+    straight = finished(child, shape, tmp_path / "straight" / "run")
     folder, chance = tmp_path / "killed" / "run", random.Random(shape)
-    process = launch(shape, folder, "--delay", "0.02")
-    process.stdout.readline()
-    time.sleep(chance.uniform(0.05, 0.5))  # some step of the first loop
-    process.kill()
-    process.wait()
+    for _ in range(2):
+        killed = child(finish, shape, folder, 25, None, 0.05)
+        while "started" not in killed.out:
+            assert killed.process.is_alive()
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.05, 0.4))
+        killed.process.kill()
+        assert killed.code() == -9
     assert not (folder / "final.pt").exists()
-    process = launch(shape, folder, "--die-at-save", str(chance.randint(2, 8)))  # in the middle of a checkpoint write
-    assert process.wait() == -9
-    resumed = finished(shape, folder)
+    assert child(finish, shape, folder, 25, chance.randint(2, 6)).code() == -9  # in the middle of a checkpoint write
+    resumed = finished(child, shape, folder)
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
     assert not list(folder.rglob("*.tmp"))
     mine, other = (log.read(f / "metrics.jsonl") for f in (tmp_path / "straight" / "run", folder))
     assert mine == other  # no line lost, none twice
 
 
-def test_a_finished_run_only_reloads(tmp_path: Path) -> None:
-    first = finished("two_stages", tmp_path / "run")
+def test_a_finished_run_only_reloads(tmp_path: Path, child) -> None:
+    first = finished(child, "two_stages", tmp_path / "run")
     stamp = (tmp_path / "run" / "student" / "train.pt").stat().st_mtime_ns
-    again = finished("two_stages", tmp_path / "run")
+    again = finished(child, "two_stages", tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert (tmp_path / "run" / "student" / "train.pt").stat().st_mtime_ns == stamp
 
@@ -131,3 +133,53 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None
             run.save(4)
     assert (tmp_path / "a" / "train.pt").read_bytes() == before
     assert not list((tmp_path / "a").glob(".*.tmp"))
+
+
+def two_loops(run: Run, stop: int | None = None, kill_at: int | None = None) -> torch.Tensor:
+    weight, optimizer = run.trainable("w", torch.nn.Parameter(torch.ones(1)), lambda p: torch.optim.SGD(p, 0.5))
+    for name in ("warm", "train"):
+        for step in run.steps(20, name):
+            if name == "train" and step == stop:
+                raise RuntimeError("stop")
+            if name == "warm" and step == kill_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            run.update(optimizer, (weight - torch.randn(1)).square())
+    return weight.detach()
+
+
+def test_a_run_stopped_in_its_second_loop_loses_no_line_of_its_log(tmp_path: Path) -> None:
+    with small(tmp_path / "a") as run:
+        straight = two_loops(run)
+    with small(tmp_path / "b", save_seconds=0.0) as run, pytest.raises(RuntimeError):
+        two_loops(run, stop=9)
+    with small(tmp_path / "b") as run:
+        resumed = two_loops(run)
+    assert torch.equal(straight, resumed)
+    assert log.read(tmp_path / "a" / "metrics.jsonl") == log.read(tmp_path / "b" / "metrics.jsonl")
+
+
+def test_ctrl_c_in_the_last_step_of_a_loop_stops_too(tmp_path: Path) -> None:
+    with small(tmp_path / "a") as run, pytest.raises(Interrupted, match=r"after step 20 of 20 \(warm\)"):
+        two_loops(run, kill_at=19)
+    with small(tmp_path / "a") as run:
+        resumed = two_loops(run)
+    with small(tmp_path / "b") as run:
+        assert torch.equal(two_loops(run), resumed)
+
+
+def test_a_damaged_or_hostile_checkpoint_is_refused_and_never_executed(tmp_path: Path) -> None:
+    with small(tmp_path / "a") as run:
+        two_loops(run)
+    file = tmp_path / "a" / "warm.pt"
+    whole = file.read_bytes()
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"step": 1, "payload": Hostile()}, tmp_path / "hostile.pt")
+    for content in (whole[:100], whole[: len(whole) // 2], b"", b"not a checkpoint", (tmp_path / "hostile.pt").read_bytes()):
+        file.write_bytes(content)
+        with small(tmp_path / "a") as run, pytest.raises(UserError, match=r"warm.pt is damaged.*--overwrite"):
+            two_loops(run)
+    assert not (tmp_path / "executed").exists()

@@ -126,7 +126,7 @@ def main(
         run.update(optimizer, **parts)
 
     metrics = present.classifier(run, "student", student, data.test)
-    run.save_student(lambda folder: hub.save_classifier(run.unwrap(student), folder))
+    run.save_student(student, hub.save_classifier)
     return metrics
 
 

@@ -1,0 +1,211 @@
+"""The shape that the design holds: who may import whom, how large files may grow, what an import costs, what is never committed."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "stillroom"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A floor may import itself and the floors under it.
+FLOORS: list[set[str]] = [
+    {"errors", "config", "interrupt", "store", "log", "optim", "engine", "roles", "run", "catalogue", "claims", "report", "testing"},
+    {"data", "metrics"},
+    {"nets", "hub"},
+    {"losses", "teachers"},
+    {"lm", "diffusion", "search", "adapt"},
+    {"recipes"},
+    {"cli", "export", "__main__"},
+]
+CORE = ("run", "roles", "engine", "optim", "store", "log", "interrupt", "config", "errors")
+AROUND = ("claims", "catalogue", "report", "cli")
+
+
+def part(module: str) -> str:
+    """The floor's member that a module belongs to: stillroom.data.load is of `data`."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(file: Path, *, lazily: bool = True) -> Iterator[str]:
+    """Every module that a file imports, as it would be found at run time; not what only type checkers see. Without `lazily`, only
+    what importing the file imports."""
+    package = name_of(file).split(".") if file.name == "__init__.py" else name_of(file).split(".")[:-1]
+    waiting: list[ast.AST] = [ast.parse(file.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            waiting += node.orelse
+            continue
+        if not lazily and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{module}.{alias.name}"
+                path = ROOT.joinpath(*whole.split("."))
+                yield whole if path.is_dir() or path.with_suffix(".py").is_file() else module
+        waiting += ast.iter_child_nodes(node)
+
+
+def code_lines(file: Path) -> int:
+    """Lines that hold code: without blank lines, comments and docstrings."""
+    text = file.read_text()
+    prose: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            prose |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    empty = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in empty:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    return len(code - prose)
+
+
+def test_every_module_has_a_floor() -> None:
+    known = set().union(*FLOORS)
+    assert {part(name_of(file)) for file in FILES} - {""} <= known
+    assert sum(map(len, FLOORS)) == len(known)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: name_of(f))
+def test_imports_go_down(file: Path) -> None:
+    mine = part(name_of(file))
+    if not mine:
+        return
+    height = next(i for i, floor in enumerate(FLOORS) if mine in floor)
+    below = set().union(*FLOORS[: height + 1])
+    wrong = [m for m in imports(file) if m.partition(".")[0] == "stillroom" and part(m) and part(m) not in below]
+    assert not wrong, f"{name_of(file)} must not import {wrong}"
+
+
+def test_the_import_walk_sees_what_it_should(tmp_path: Path) -> None:
+    found = set(imports(PACKAGE / "cli.py"))
+    assert {"tyro", "stillroom.report", "stillroom.claims", "rich.table"} <= found
+    assert "stillroom.report" not in set(imports(PACKAGE / "cli.py", lazily=False))
+    assert "stillroom.run" not in set(imports(PACKAGE / "roles.py")), "only type checkers import it there"
+
+
+def test_losses_import_torch_only() -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch"}
+    for file in (PACKAGE / "losses").rglob("*.py"):
+        wrong = [m for m in imports(file) if m.partition(".")[0] not in allowed and not m.startswith("stillroom.losses")]
+        assert not wrong, f"{name_of(file)} imports {wrong}"
+
+
+def test_recipes_never_import_recipes() -> None:
+    for file in FILES:
+        wrong = [m for m in imports(file) if m.startswith("stillroom.recipes.")]
+        assert not wrong, f"{name_of(file)} imports {wrong}"
+
+
+def test_the_core_knows_none_of_the_floors() -> None:
+    floors = set().union(*FLOORS[1:])
+    for name in (*CORE, "claims", "catalogue", "report"):
+        assert not {part(m) for m in imports(PACKAGE / f"{name}.py") if m.startswith("stillroom.")} & floors
+
+
+HEAVY = {
+    "transformers",
+    "diffusers",
+    "kornia",
+    "matplotlib",
+    "accelerate",
+    "datasets",
+    "pyarrow",
+    "PIL",
+    "timm",
+    "peft",
+    "sklearn",
+    "pandas",
+    "ray",
+}
+HEAVY |= {"scipy", "jinja2"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: name_of(f))
+def test_nothing_heavy_is_imported_by_importing_a_module(file: Path) -> None:
+    assert not {m.partition(".")[0] for m in imports(file, lazily=False)} & HEAVY
+
+
+@pytest.mark.parametrize("folder", ["stillroom", "tests", "bench"])
+def test_no_file_is_longer_than_400_lines(folder: str) -> None:
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in (ROOT / folder).rglob("*.py")}
+    assert not {name: length for name, length in lengths.items() if length > 400}
+
+
+def test_the_core_stays_small() -> None:
+    """Counted are lines of code, without docstrings, comments and blank lines. The core proper is what runs a loop and keeps its
+    results; around it are the claims, the catalogue, the report and the command."""
+    core, around = ({name: code_lines(PACKAGE / f"{name}.py") for name in names} for names in (CORE, AROUND))
+    assert sum(core.values()) <= 1000, core
+    assert sum(around.values()) <= 850, around
+
+
+def test_lines_of_code_are_counted_right(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text(
+        '"""Doc\nstring."""\n\n# comment\nx = (\n    1,  # one\n\n    2,\n)\n\n\ndef f():\n    """Doc."""\n    return """a\nb"""\n'
+    )
+    assert code_lines(file) == 4 + 1 + 2
+
+
+def added(first: str, then: str) -> set[str]:
+    """Modules that the second statement loads after the first."""
+    script = f"import sys; {first}; before = set(sys.modules); {then}; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_stillroom_adds_next_to_nothing() -> None:
+    """Modules are counted, not time: 0.1 s is about a hundred small ones."""
+    assert len(added("pass", "import stillroom")) <= 3
+    found = added("import torch", "import stillroom.run, stillroom.claims, stillroom.optim")
+    assert len(found) <= 100, sorted(found)
+    assert not {m.partition(".")[0] for m in found} & HEAVY
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    return [ROOT / name for name in listed.stdout.split("\0") if name]
+
+
+# Written in pieces, so that this file does not find itself.
+MACHINE = re.compile("|".join(["/wo" + "rk/", "/ho" + r"me/\w", "/ro" + "ot/", "/Us" + r"ers/\w", "/tm" + r"p/\w", r"C:\\Us" + "ers"]))
+
+
+def test_no_path_of_a_machine_is_committed() -> None:
+    found = []
+    for file in tracked():
+        if not file.is_file():
+            continue
+        try:
+            lines = file.read_text().splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{file.relative_to(ROOT)}:{i}: {line.strip()[:80]}" for i, line in enumerate(lines, 1) if MACHINE.search(line)]
+    assert not found, "\n".join(found)
+
+
+def test_no_run_folder_cache_or_weight_is_committed() -> None:
+    wrong = [f for f in tracked() if f.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pyc", ".safetensors") or "__pycache__" in f.parts]
+    assert not wrong
