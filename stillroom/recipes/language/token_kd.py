@@ -36,8 +36,8 @@ from stillroom.lm.teachers import fewer_layers, load_causal, save_causal
 from stillroom.lm.text import continued, head, read_rows, states
 from stillroom.lm.tokenizer import Characters, Known
 from stillroom.losses.tokens import Name, align
+from stillroom.metrics.modes import eval_mode
 from stillroom.nets.decoder import Decoder
-from stillroom.nets.modes import eval_mode
 from stillroom.optim import Optimizer
 from stillroom.run import Run
 
@@ -164,7 +164,7 @@ def main(cfg: Config, run: Run, *, teacher: tuple[nn.Module, Any] | None = None,
         metrics["bytes_per_token"] = cache.bytes_per_token
     place = int((test.lengths.max() - 1) // 2)
     run.figure("one position", lambda axes: draw_position(axes, model, net, test, place, tokenizer))
-    run.save_student(lambda folder: save_causal(net, tokenizer, folder))
+    run.save_student(net, lambda whole, folder: save_causal(whole, tokenizer, folder))
     return metrics
 
 
