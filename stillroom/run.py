@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from stillroom import engine as engines
+from stillroom import report
 from stillroom import roles as held
 from stillroom.errors import UserError
 from stillroom.interrupt import Interrupted, Signals
@@ -368,16 +369,12 @@ class Run:
     def image(self, name: str, images: torch.Tensor, columns: int = 8) -> None:
         """A grid of images (N, C, H, W) in [0, 1] as samples/NAME.png."""
         if self.plots and not self.rank:
-            from stillroom.report import png
-
-            self._sample(f"{name}.png", png(images, columns))
+            self._sample(f"{name}.png", report.png(images, columns))
 
     def figure(self, name: str, draw: Callable[[Any], None]) -> None:
         """`draw(axes)` on matplotlib axes, kept as samples/NAME.svg in colours that follow the page's light or dark theme."""
         if self.plots and not self.rank:
-            from stillroom.report import svg
-
-            self._sample(f"{name}.svg", svg(draw))
+            self._sample(f"{name}.svg", report.svg(draw))
 
     def html(self, name: str, fragment: str) -> None:
         """A self-contained HTML fragment (it may hold SVG, style and script) across the report's whole width, as samples/NAME.html."""
