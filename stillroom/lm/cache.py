@@ -29,7 +29,7 @@ from tqdm import tqdm
 from stillroom.errors import UserError
 from stillroom.lm.signals import Dense, Head, Sampled, Signal, TopK, log_leftover
 from stillroom.lm.tokenizer import fingerprint
-from stillroom.nets.modes import eval_mode
+from stillroom.metrics.modes import eval_mode
 from stillroom.store import write_atomic
 
 Kind = Literal["topk", "sampled", "states", "full"]

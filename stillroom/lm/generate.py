@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stillroom.errors import UserError
 from stillroom.lm.traces import Messages, render
-from stillroom.nets.modes import eval_mode
+from stillroom.metrics.modes import eval_mode
 
 
 @dataclass

@@ -94,7 +94,11 @@ def _converted(file: Path, store: Store) -> Path:
             if not folder.exists():
                 with replacing(folder) as fresh:
                     place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-                    AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).save_pretrained(fresh)
+                    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+                    settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+                    plain = type(read)(type(read.config)(**settings))  # what was read still calls itself quantized, and refuses to be saved
+                    plain.load_state_dict(read.state_dict())
+                    plain.save_pretrained(fresh)
                     AutoTokenizer.from_pretrained(**place).save_pretrained(fresh)
     return folder
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stillroom.metrics.modes import eval_mode
 from stillroom.nets.decoder import Attention, Block, Gate
-from stillroom.nets.modes import eval_mode
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def laptop(cfg: Config, run: Run) -> dict[str, float]:
     run.row("student", **metrics, parameters=sum(p.numel() for p in net.parameters()))
     if episodes:
         run.figure("how episodes end", lambda axes: draw_ends(axes, episodes, cfg.max_steps))
-    run.save_student(lambda folder: save_causal(net, tokenizer, folder))
+    run.save_student(net, lambda whole, folder: save_causal(whole, tokenizer, folder))
     return metrics
 
 
@@ -282,7 +282,7 @@ def real(cfg: Config, run: Run) -> dict[str, float]:
             metrics["accuracy"] = numbers.accuracy([str(e.answer) for e in episodes], [a for _, a in asked])
             metrics |= conduct(episodes)
     run.row("student", **metrics)
-    run.save_student(lambda folder: save_causal(student, tokenizer, folder))
+    run.save_student(student, lambda whole, folder: save_causal(whole, tokenizer, folder))
     return metrics
 
 

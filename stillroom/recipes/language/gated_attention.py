@@ -136,7 +136,7 @@ def main(cfg: Config, run: Run) -> dict[str, float]:
             found[rate] = text.measure(tuned)["ce"]
         run.figure("loss against learning rate", lambda axes: draw_sweep(axes, rates, [found[r] for r in rates]))
         metrics |= {f"ce_at_{rate:g}": found[rate] for rate in rates}
-    run.save_student(lambda folder: save_causal(net, text.tokenizer, folder))
+    run.save_student(net, lambda whole, folder: save_causal(whole, text.tokenizer, folder))
     return metrics
 
 

@@ -36,8 +36,8 @@ from stillroom.lm.teachers import fewer_layers, load_causal, save_causal
 from stillroom.lm.text import continued, head, read_rows, states
 from stillroom.lm.tokenizer import Characters, Known
 from stillroom.losses.tokens import Name, align
+from stillroom.metrics.modes import eval_mode
 from stillroom.nets.decoder import Decoder
-from stillroom.nets.modes import eval_mode
 from stillroom.optim import Optimizer
 from stillroom.run import Run
 
@@ -79,6 +79,8 @@ class Config:
     kd_weight: NonNegative = 1.0
     own_text: Share = 0.5
     """On-policy: the share of steps on the student's own text; the others are word-level."""
+    writings: Count = 8
+    """Sequence mode: texts that the teacher writes after each prompt; unlike the corpus they cost no one's labour."""
     sampling_temperature: Positive = 1.0
     max_new_tokens: Natural = 0
     """Longest writing of the sequence and on-policy modes; 0: up to `length`."""
@@ -162,7 +164,7 @@ def main(cfg: Config, run: Run, *, teacher: tuple[nn.Module, Any] | None = None,
         metrics["bytes_per_token"] = cache.bytes_per_token
     place = int((test.lengths.max() - 1) // 2)
     run.figure("one position", lambda axes: draw_position(axes, model, net, test, place, tokenizer))
-    run.save_student(lambda folder: save_causal(net, tokenizer, folder))
+    run.save_student(net, lambda whole, folder: save_causal(whole, tokenizer, folder))
     return metrics
 
 
@@ -193,9 +195,8 @@ def find_teacher(cfg: Config, run: Run) -> tuple[nn.Module, Any]:
 
 
 STUDENT_ONLY = (
-    "limit", "test_limit", "student",
-    "student_width", "student_layers", "mode", "kind", "signal", "signal_size", "temperature", "ce_weight",
-    "kd_weight", "own_text", "sampling_temperature", "max_new_tokens", "steps", "optimizer",
+    "limit", "test_limit", "student", "student_width", "student_layers", "mode", "kind", "signal", "signal_size", "temperature",
+    "ce_weight", "kd_weight", "own_text", "writings", "sampling_temperature", "max_new_tokens", "steps", "optimizer",
 )  # fmt: skip
 
 
@@ -269,7 +270,8 @@ def online(teacher: nn.Module, batch: Rows) -> Head:
 
 def written(cfg: Config, run: Run, teacher: nn.Module, tokenizer: Any, train: Rows) -> Rows:
     """What the teacher writes after each training prompt: the corpus of sequence-level distillation, kept in the store."""
-    found = run.cached("teacher-text", write, teacher, Known(tokenizer), train.prompts(), longest(cfg, train), run.seed)
+    prompts = train.prompts() * cfg.writings
+    found = run.cached("teacher-text", write, teacher, Known(tokenizer), prompts, longest(cfg, train), run.seed)
     return Rows(found["ids"].cpu(), found["labels"].cpu(), found["lengths"].cpu())
 
 
