@@ -39,7 +39,6 @@ from stillroom.store import Store, replacing, write_atomic
 
 B = TypeVar("B")
 N = TypeVar("N")
-
 # Odd numbers that set the seeds of steps, chunks and ranks apart (no hash: after 2 ms of work its code has left the processor's cache).
 _STEP, _CHUNK, _RANK = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 
@@ -89,7 +88,7 @@ class Run:
         if not self.rank:
             self._open(wait)
         self.engine.barrier()
-        self._seed()
+        self._seed(self._number())
 
     def _open(self, wait: bool) -> None:
         from filelock import FileLock, Timeout
@@ -132,7 +131,7 @@ class Run:
         placed = (str(self.device.type), self.engine.precision, self.world, self.accumulate)
         stage = Run(self.store.entry(name, self.seed, placed, shared), self.seed, parent=self, wait=True, **settings)
         stage.path, stage._stream = f"{self.path}/{name}", name  # its random draws must not depend on which run came first
-        stage._seed("start")
+        stage._seed(stage._number("start"))
         return stage
 
     def cached(self, name: str, build: Callable[..., Mapping[str, torch.Tensor]], *inputs: Any) -> dict[str, torch.Tensor]:
@@ -199,7 +198,7 @@ class Run:
                     if collective:
                         for role in self.roles.values():
                             self.engine.synchronise(role.net, chunk + 1 == self.accumulate)
-                    self._draw_from(first + step * _STEP + chunk * _CHUNK + self.rank * _RANK)
+                    self._seed(first + step * _STEP + chunk * _CHUNK + self.rank * _RANK)
                     yield step
                 if bar is not None:
                     bar.update()
@@ -223,7 +222,7 @@ class Run:
         if bar is not None:
             bar.close()
         self.chunk = 0
-        self._seed(name, "end")  # what is drawn after the loop must not depend on whether the loop ran or was reloaded
+        self._seed(self._number(name, "end"))  # what is drawn after the loop must not depend on whether the loop ran or was reloaded
 
     def update(self, optimizer: Any, loss: torch.Tensor | None = None, *, count: Any = None, **parts: torch.Tensor) -> torch.Tensor:
         """Backward, normalise, clip, check, step and clear, for the role (or tuple of roles) of `optimizer`.
@@ -338,14 +337,10 @@ class Run:
         self._clock.earlier = max(self._clock.earlier, state["seconds"])
         return state["step"]
 
-    def _seed(self, *place: Any) -> None:
-        self._draw_from(self._number(*place))
-
     def _number(self, *place: Any) -> int:
-        digest = hashlib.blake2b(repr((self.seed, self._stream, place)).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little")
+        return int.from_bytes(hashlib.blake2b(repr((self.seed, self._stream, place)).encode(), digest_size=8).digest(), "little")
 
-    def _draw_from(self, number: int) -> None:
+    def _seed(self, number: int) -> None:
         number &= (1 << 63) - 1
         torch.default_generator.manual_seed(number)
         if self.device.type != "cpu":
