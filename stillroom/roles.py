@@ -80,7 +80,7 @@ def backward(run: Run, roles: list[Role], loss: torch.Tensor, weight: Any) -> No
 
 def step(run: Run, role: Role) -> None:
     """Average, normalise, clip, step and clear."""
-    gradients = [p.grad for p in role.parameters if p.grad is not None]
+    gradients = [p.grad for p in role.parameters if p.grad is not None] if run.world > 1 or run.accumulate > 1 else []
     if run.world > 1 and engines.is_bare(role.net):
         run.engine.average(gradients)
     if run.accumulate > 1:
@@ -106,7 +106,7 @@ class Finite:
 
     def check(self, who: str, total: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
         """On CPU at once; on an accelerator every 32 updates and before each save, so that work stays queued ahead of the host."""
-        if total.device.type == "cpu":
+        if total.is_cpu:
             if not math.isfinite(total.item()):
                 self._stop(self.run.step, who, parts)
             return

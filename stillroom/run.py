@@ -39,6 +39,9 @@ from stillroom.store import Store, replacing, write_atomic
 B = TypeVar("B")
 N = TypeVar("N")
 
+# Odd numbers that set the seeds of steps, chunks and ranks apart (no hash: after 2 ms of work its code has left the processor's cache).
+_STEP, _CHUNK, _RANK = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
+
 
 class Run:
     """One execution in one folder.
@@ -176,7 +179,7 @@ class Run:
         if name in self._loops:
             raise ValueError(f"a second loop called {name!r} would overwrite the first one's checkpoint: name it")
         self._loops.add(name)
-        start = self._restore(name, total)
+        start, first = self._restore(name, total), self._number(name)
         stop = threading.Event()
         saved, stride = time.monotonic(), max(1, total // 200)
         collective = self.world > 1
@@ -195,7 +198,7 @@ class Run:
                     if collective:
                         for role in self.roles.values():
                             self.engine.synchronise(role.net, chunk + 1 == self.accumulate)
-                    self._seed(name, step, chunk, self.rank)
+                    self._draw_from(first + step * _STEP + chunk * _CHUNK + self.rank * _RANK)
                     yield step
                 if bar is not None:
                     bar.update()
@@ -267,12 +270,11 @@ class Run:
                     raise UserError(f"a batch of {len(batch)} does not divide into {cut}.", code=2)
                 batch = batch.tensor_split(parts)[mine]  # type: ignore[assignment]
             return batch.to(self.device, non_blocking=True) if batch.device != self.device else batch  # type: ignore
+        if isinstance(batch, tuple | list):
+            items = [self.shard(v) for v in batch]
+            return batch._make(items) if hasattr(batch, "_make") else type(batch)(items)  # type: ignore
         if isinstance(batch, Mapping):
             return {k: self.shard(v) for k, v in batch.items()}  # type: ignore[return-value]
-        if isinstance(batch, tuple) and hasattr(batch, "_make"):
-            return batch._make(self.shard(v) for v in batch)  # type: ignore[attr-defined, return-value]
-        if isinstance(batch, list | tuple):
-            return type(batch)(self.shard(v) for v in batch)  # type: ignore[return-value]
         return batch
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -343,8 +345,14 @@ class Run:
         return state["step"]
 
     def _seed(self, *place: Any) -> None:
+        self._draw_from(self._number(*place))
+
+    def _number(self, *place: Any) -> int:
         digest = hashlib.blake2b(repr((self.seed, self._stream, place)).encode(), digest_size=8).digest()
-        number = int.from_bytes(digest, "little", signed=True)
+        return int.from_bytes(digest, "little")
+
+    def _draw_from(self, number: int) -> None:
+        number &= (1 << 63) - 1
         torch.default_generator.manual_seed(number)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(number)
@@ -377,6 +385,11 @@ class Run:
             from stillroom.report import svg
 
             self._sample(f"{name}.svg", svg(draw))
+
+    def html(self, name: str, fragment: str) -> None:
+        """A self-contained HTML fragment (it may hold SVG, style and script) across the report's whole width, as samples/NAME.html."""
+        if self.plots and not self.rank:
+            self._sample(f"{name}.html", fragment)
 
     def _sample(self, name: str, content: Any) -> None:
         (self.folder / "samples").mkdir(exist_ok=True)

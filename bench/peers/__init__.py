@@ -1,0 +1,1 @@
+"""One module per contender: the same distillation task, written the way that library documents it."""
