@@ -53,34 +53,35 @@ class Denoiser(nn.Module):
 
     def raw(self, x: Tensor, t: Time, cond: Any = None) -> Tensor:
         """The network's own output at (x, t) of its own process."""
-        scale, clock = as_time(1.0, x), self.process.network_time(as_time(t, x))
+        t = as_time(t, x)
+        clock = self.process.network_time(t)
         if self.prediction == "edm":
-            rho = self.process.rho(as_time(t, x))
-            scale, clock = (rho**2 + self.sigma_data**2).rsqrt() / self.process.alpha(as_time(t, x)), rho.clamp_min(TINY).log() / 4
+            rho = self.process.rho(t)
+            x = along((rho**2 + self.sigma_data**2).rsqrt() / self.process.alpha(t), x) * x
+            clock = rho.clamp_min(TINY).log() / 4
         elif (unit := getattr(self.process, "sigma_data", None)) is not None:
-            scale = as_time(1 / unit, x)
-        return self.net(along(scale, x) * x, clock.to(x.dtype).expand(len(x)), cond)
+            x = x / unit
+        return self.net(x, clock.to(x.dtype).expand(len(x)), cond)
 
     def _affine(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(p, q, r, s) with x0 = p x + q raw and eps = r x + s raw: every parametrization is affine in every other."""
         a, s = self.process.alpha(t), self.process.sigma(t)
-        none, one = torch.zeros_like(a), torch.ones_like(a)
         match self.prediction:
             case "x0":
                 over = 1 / s.clamp_min(TINY)
-                return none, one, over, -a * over
+                return torch.zeros_like(a), torch.ones_like(a), over, -a * over
             case "eps":
                 over = 1 / a.clamp_min(TINY)
-                return over, -s * over, none, one
+                return over, -s * over, torch.zeros_like(a), torch.ones_like(a)
             case "score":
                 over = 1 / a.clamp_min(TINY)
-                return over, s**2 * over, none, -s
+                return over, s**2 * over, torch.zeros_like(a), -s
             case "v":
                 return a, -s, s, a
             case "velocity":
                 da, ds = self.process.rates(t)
-                over, unit = 1 / (a * ds - da * s), getattr(self.process, "sigma_data", 1.0)
-                return ds * over, -s * over * unit, -da * over, a * over * unit
+                det, unit = a * ds - da * s, getattr(self.process, "sigma_data", 1.0)
+                return ds / det, s * (-unit) / det, -da / det, a * unit / det
             case _:
                 rho, sd, over = s / a.clamp_min(TINY), self.sigma_data, 1 / a.clamp_min(TINY)
                 total = rho**2 + sd**2

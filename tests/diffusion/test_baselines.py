@@ -101,7 +101,12 @@ def test_students_of_pipelines_are_sampled_by_plain_diffusers(run: Run, tmp_path
     recipe, quick = {"dmd2": (dmd2, DMD), "consistency": (consistency, CD)}[name]
     rank = 2 if kind == "sdxl" else 0
     cfg = recipe.Config(  # type: ignore[attr-defined]
-        teacher=f"diffusers:{where}", prompts=str(tmp_path / "prompts.txt"), guidance=2.0, steps=2, lora_rank=rank, **quick
+        teacher=f"diffusers:{where}",
+        prompts=str(tmp_path / "prompts.txt"),
+        guidance=2.0,
+        steps=2,
+        lora_rank=rank,
+        **(quick | {"evaluate": 4}),
     )
     recipe.main(cfg, run)  # type: ignore[attr-defined]
     student = run.folder / "student"

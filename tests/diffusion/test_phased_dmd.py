@@ -85,7 +85,9 @@ def test_phase_experts_in_plain_diffusers(tmp_path: Path, kind: str, rank: int) 
     diffusers = pytest.importorskip("diffusers")
     teacher = PIPELINES[kind](tmp_path / kind)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    cfg = Config(teacher=f"diffusers:{teacher}", prompts=str(tmp_path / "prompts.txt"), guidance=2.0, lora_rank=rank, **QUICK)  # type: ignore[arg-type]
+    cfg = Config(
+        teacher=f"diffusers:{teacher}", prompts=str(tmp_path / "prompts.txt"), guidance=2.0, lora_rank=rank, **(QUICK | {"evaluate": 4})
+    )  # type: ignore[arg-type]
     with run(tmp_path) as r:
         metrics = phased_dmd.main(cfg, r)
     assert metrics["energy"] == metrics["energy"]
