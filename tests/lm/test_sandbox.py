@@ -43,7 +43,7 @@ HOSTILE = {
     "environment": "import os\nassert 'STILLROOM_CANARY' in os.environ\nprint('" + THROUGH + "')",
     "writing outside": f"open('/usr/evil', 'w').write('x')\nprint('{THROUGH}')",
     "writing to the root": f"open('/evil', 'w').write('x')\nprint('{THROUGH}')",
-    "filling the disk": f"f = open('/tmp/big', 'wb')\nfor _ in range(500): f.write(b'x' * 2**20)\nprint('{THROUGH}')",
+    "filling the disk": f"f = open('big', 'wb')\nfor _ in range(500): f.write(b'x' * 2**20)\nprint('{THROUGH}')",
     "socket": f"import socket\nsocket.socket()\nprint('{THROUGH}')",
     "connecting": f"import socket\nsocket.create_connection(('127.0.0.1', 80), 1)\nprint('{THROUGH}')",
     "shell": f"import subprocess\nprint(subprocess.run(['/bin/ls', '/'], capture_output=True), '{THROUGH}')",
@@ -115,7 +115,7 @@ def test_errors_keep_what_was_done_before_them_and_later_code_runs(box):
 
 
 def test_files_live_in_one_folder_and_for_one_snippet(box):
-    assert box.run("open('note', 'w').write('x')\nprint(open('/tmp/note').read())").output == "x\n"
+    assert box.run("import os\nopen('note', 'w').write('x')\nprint(open(os.getcwd() + '/note').read())").output == "x\n"
     assert "FileNotFoundError" in box.run("open('note')").error
     assert "FileNotFoundError" in box.run("open('/dev/shm/note', 'w')").error
 

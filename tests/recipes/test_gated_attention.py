@@ -6,8 +6,8 @@ import torch
 from stillroom import catalogue
 from stillroom.data.sequences import BackCopy
 from stillroom.errors import UserError
+from stillroom.lm.diagnostics import attention_maps, first_token_share, gate_scores, massive_activation, spikes
 from stillroom.lm.teachers import load_causal
-from stillroom.metrics.attention import attention_maps, first_token_share, gate_scores, massive_activation, spikes
 from stillroom.nets.decoder import Attention, Decoder, GateOptions, gated_hidden, rotary
 from stillroom.nets.gated_weights import split_qwen3_next, split_reference
 from stillroom.recipes.language import gated_attention as recipe

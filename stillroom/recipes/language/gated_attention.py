@@ -25,10 +25,10 @@ from stillroom.claims import Claim
 from stillroom.config import Count, Natural, Positive
 from stillroom.data.sequences import BackCopy, windows
 from stillroom.errors import UserError
+from stillroom.lm.diagnostics import attention_maps, first_token_share, gate_scores, massive_activation, spikes
 from stillroom.lm.teachers import save_causal
 from stillroom.lm.tokenizer import Characters
 from stillroom.losses.divergences import cross_entropy
-from stillroom.metrics.attention import attention_maps, first_token_share, gate_scores, massive_activation, spikes
 from stillroom.nets.decoder import Attention, Decoder, GateOptions, gated_hidden, rotary
 from stillroom.optim import Optimizer
 from stillroom.run import Run
