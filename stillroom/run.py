@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from stillroom import engine as engines
+from stillroom import report
 from stillroom import roles as held
 from stillroom.errors import UserError
 from stillroom.interrupt import Interrupted, Signals
@@ -234,14 +235,7 @@ class Run:
         """
         given = {"loss": loss, **parts} if loss is not None else parts
         roles = [self._role(o) for o in (optimizer if isinstance(optimizer, tuple) else (optimizer,))]
-        weight: Any = 1.0
-        means: dict[str, torch.Tensor] = {}
-        for part, value in given.items():
-            if value.dim():
-                # A chunk may have nothing to count: it then adds nothing.
-                weight = value.numel() if count is None else torch.as_tensor(count, device=value.device).clamp_min(1e-12)
-                value = value.sum() / weight if count is not None else value.mean()
-            means[part] = value
+        means, weight = held.averages(given, count)
         total = functools.reduce(torch.add, means.values())
         who = roles[0].name
         self.finite.check(who, total, means)
@@ -370,16 +364,17 @@ class Run:
     def image(self, name: str, images: torch.Tensor, columns: int = 8) -> None:
         """A grid of images (N, C, H, W) in [0, 1] as samples/NAME.png."""
         if self.plots and not self.rank:
-            from stillroom.report import png
-
-            self._sample(f"{name}.png", png(images, columns))
+            self._sample(f"{name}.png", report.png(images, columns))
 
     def figure(self, name: str, draw: Callable[[Any], None]) -> None:
         """`draw(axes)` on matplotlib axes, kept as samples/NAME.svg in colours that follow the page's light or dark theme."""
         if self.plots and not self.rank:
-            from stillroom.report import svg
+            self._sample(f"{name}.svg", report.svg(draw))
 
-            self._sample(f"{name}.svg", svg(draw))
+    def html(self, name: str, fragment: str) -> None:
+        """A self-contained HTML fragment (it may hold SVG, style and script) across the report's whole width, as samples/NAME.html."""
+        if self.plots and not self.rank:
+            self._sample(f"{name}.html", fragment)
 
     def _sample(self, name: str, content: Any) -> None:
         (self.folder / "samples").mkdir(exist_ok=True)

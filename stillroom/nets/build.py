@@ -12,21 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.errors import UserError
-from stillroom.nets.convnet import convnet
+from stillroom.nets.convnet import average_convnet, convnet
 from stillroom.nets.mlp import mlp
 from stillroom.nets.parts import Classifier
+from stillroom.nets.residual_mlp import residual_mlp
 from stillroom.nets.resnet import preact_resnet18, resnet
+from stillroom.nets.vit import ViT
 
-NAMES = ("mlp", "mlp-256x256", "convnet", "convnet-w16", "resnet8", "resnet20", "resnet32", "preact-resnet18")
+NAMES = (
+    "mlp", "mlp-256x256", "convnet", "convnet-w16", "convnet-avg-16x32x64", "resnet8", "resnet20", "resnet32", "preact-resnet18",
+    "residual-mlp-w128-d6", "vit-p2-w32-d3",
+)  # fmt: skip
 """Examples; any widths, and any resnet of 6n+2 layers, can be built."""
 
 
 def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[float], std: Sequence[float]) -> Classifier:
     """A freshly initialised classifier of images (B, channels, size, size) in [0, 1], which it normalises by `mean` and `std`.
 
-    `mlp-AxB` has hidden layers of A and B units (`mlp`: 256x256), `convnet-wN` stages of N, 2N and 4N channels (`convnet`: 16), `resnetD`
-    D = 6n+2 layers; `preact-resnet18`. Each has `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like.
-    UserError for any other name.
+    `mlp-AxB` has hidden layers of A and B units (`mlp`: 256x256), `convnet-wN` stages of N, 2N and 4N channels (`convnet`: 16),
+    `convnet-avg-AxBxC` stages of A, B and C channels with average-pooling, `resnetD` D = 6n+2 layers; `preact-resnet18`;
+    `residual-mlp-wN-dD` D residual blocks of N units; `vit-pP-wW-dD` patches of P pixels, width W and D blocks. Each has
+    `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like. UserError for any other name.
     """
     if name == "preact-resnet18":
         body, width = preact_resnet18(channels)
@@ -34,6 +40,19 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
         body, width = mlp(channels * size * size, [int(units) for units in (match[1] or "256x256").split("x")])
     elif match := re.fullmatch(r"convnet(?:-w([1-9]\d*))?", name):
         body, width = convnet(channels, int(match[1] or 16))
+    elif match := re.fullmatch(r"residual-mlp-w([1-9]\d*)-d([1-9]\d*)", name):
+        body, width = residual_mlp(channels * size * size, int(match[1]), int(match[2]))
+    elif match := re.fullmatch(r"convnet-avg-([1-9]\d*(?:x[1-9]\d*)*)", name):
+        widths = [int(units) for units in match[1].split("x")]
+        if size % 2 ** len(widths):
+            raise UserError(f"{name} halves images {len(widths)} times, so that {2 ** len(widths)} must divide their {size} pixels.")
+        body, width = average_convnet(channels, size, widths)
+    elif match := re.fullmatch(r"vit-p([1-9]\d*)-w([1-9]\d*)-d([1-9]\d*)", name):
+        patch, width, depth = map(int, match.groups())
+        if size % patch or width % max(1, width // 16):
+            raise UserError(f"{name}: patches of {patch} must divide images of {size} pixels, and the W // 16 heads their width {width}.")
+        shape: dict[str, Any] = {"classes": classes, "channels": channels, "size": size, "mean": tuple(mean), "std": tuple(std)}
+        return ViT(name, patch, width, depth, **shape)
     elif (match := re.fullmatch(r"resnet(\d+)", name)) and int(match[1]) >= 8 and int(match[1]) % 6 == 2:
         body, width = resnet(channels, int(match[1]))
     else:

@@ -1,0 +1,389 @@
+"""KRR-ST: a few learned images and target features pre-train like the whole unlabelled set (Lee et al. 2023, arXiv 2310.06511).
+
+    inner:  theta*(X, Y) = argmin 1/2 |Y - f_theta(X)|^2        no augmentation, no randomness
+    outer:  min over X, Y of 1/2 |g(x) - f_theta*(x)|^2         over real images x; g is a self-supervised teacher
+
+A random inner loss would make the outer gradient biased: it holds the inverse of an expected Hessian. The inner problem is solved for
+the linear head alone, by kernel ridge regression on the features of a network drawn from a pool of partly trained ones, which stand
+for the inner run at different ages. Gradients reach X (through both kernels) and Y only. With X and Y detached the drawn network
+then takes one step on them, or starts anew at the end of its lifetime.
+
+Exact: the kernels with their bias column, the ridge relative to the trace and constant to the gradient, eval mode in the outer
+and train mode in the pool's steps, means over batch and feature dimensions, ages that restart at 0 (the published code forgets to
+reset them, so that its pool drifts towards untrained networks), pre-training and fine-tuning as published. X lives in the space of
+normalised pixels like the real images (the published code starts it from pixels that are not normalised).
+Shrunk: networks, data, steps; the unlabelled source is part of the classes of a labelled set and the target task the others, with
+few labels. The teacher's features are standardised here, so that 1 is the error of predicting their mean. The probe is the optimum
+that the paper's SGD steers to. Unconfirmed in our sheet: the settings of the Barlow Twins teacher, and the paper's accuracies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stillroom import hub
+from stillroom.adapt.pool import Pool
+from stillroom.adapt.ridge import ridge_head
+from stillroom.claims import Claim
+from stillroom.config import Count, Natural, NonNegative, Positive
+from stillroom.data.augment import Augmentation, augmenter
+from stillroom.data.batches import Batches
+from stillroom.data.images import ImageData, MemorySplit, Split, balanced_rows
+from stillroom.data.load import load_images
+from stillroom.errors import UserError
+from stillroom.losses.divergences import cross_entropy
+from stillroom.metrics.classification import ClassificationMetrics, evaluate
+from stillroom.metrics.probe import linear_probe
+from stillroom.nets.build import build
+from stillroom.optim import Optimizer
+from stillroom.run import Run
+
+
+@dataclass(frozen=True)
+class Config:
+    """Laptop defaults: 20 images distilled from the digits 0 to 5; the target task is 6 to 9 with one label each."""
+
+    data: str = "digits"
+    """Source: digits, shapes, a folder of image folders or parquet files, or hub:ID. Its labels are not used."""
+    held_out: Count = 4
+    """The last classes of `data`, kept out of the source: they are the target task, unless `target` names one."""
+    target: str = ""
+    """A labelled set of its own as target task; the source then has all classes of `data`."""
+    shots: Natural = 1
+    """Labelled images per class of the target task. 0: all its training images."""
+    limit: Natural = 0
+    """Use at most this many training and test images of each set. 0: all."""
+    image_size: Natural = 0
+    """Scale and crop images to this many pixels a side. 0: as they are."""
+    skip_bad: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
+    augment: Augmentation = "none"
+    """Augmentation of the outer steps' real images, which the teacher and the network see alike."""
+    teacher: str = "small:convnet-avg-32x64x32"
+    """small:NAME is trained by Barlow Twins on the source; hf:ID-or-folder or run:FOLDER is taken as it is."""
+    teacher_steps: Count = 300
+    teacher_batch: Count = 128
+    teacher_optimizer: Optimizer = Optimizer("adamw", 2e-3, weight_decay=1e-4, schedule="cosine")
+    teacher_augment: Augmentation = "shift"
+    """Augmentation of each of the teacher's two views, before noise and scaling."""
+    redundancy_weight: NonNegative = 5e-3
+    """Weight of the off-diagonal terms in the teacher's Barlow Twins loss."""
+    noise: NonNegative = 0.3
+    """Deviation of the pixel noise in the teacher's two views, in deviations of the data; half as much scales each image."""
+    images: Count = 20
+    """Size m of the distilled set."""
+    init: Literal["random", "k-means"] = "random"
+    """Real images to start from: random ones, or those nearest to the k-means centres of the teacher's features."""
+    learn: Literal["both", "images", "targets"] = "both"
+    """What the outer steps change."""
+    steps: Natural = 600
+    """Outer steps; 0 keeps the real images with the teacher's features."""
+    batch_size: Count = 256
+    """Real images per outer step."""
+    optimizer: Optimizer = Optimizer("adamw", 3e-2, schedule="linear")
+    """Of the distilled set."""
+    ridge: Positive = 1e-6
+    """The ridge's share of the trace of the distilled set's kernel."""
+    net: str = "small:convnet-avg-16x32x64"
+    """Network of the pool, and the one that is pre-trained on the set."""
+    pool: Count = 5
+    """Networks in the pool, L."""
+    lifetime: Annotated[int, Ge(2)] = 100
+    """Age at which a network of the pool starts anew, T."""
+    inner: Optimizer = Optimizer("sgd", 0.1, weight_decay=1e-3)
+    """Of the pool's networks and of pre-training."""
+    inner_noise: NonNegative = 0.0
+    """Ablation: a random inner problem, with pixel noise of this deviation on X wherever a network is fitted to it."""
+    pretrain_steps: Natural = 300
+    pretrain_batch: Count = 256
+    repeats: Count = 3
+    """Networks that are pre-trained on the set; metrics are their mean."""
+    others: tuple[str, ...] = ("small:mlp-64x64", "small:convnet-w16")
+    """Other architectures to pre-train on the set."""
+    finetune_steps: Natural = 100
+    finetune_batch: Count = 256
+    finetune_optimizer: Optimizer = Optimizer("sgd", 0.01, weight_decay=5e-4, schedule="cosine")
+    finetune_augment: Augmentation = "shift"
+
+
+def full() -> Config:
+    """CIFAR-100 in the released code. Its target tasks are other sets (CIFAR-10, Aircraft, Cars, CUB, Dogs, Flowers): name one as
+    `target`. Teacher: a ResNet-18 there, its pre-activation form here; 1000 epochs of pre-training are 4000 steps. The other
+    architectures there are VGG11, AlexNet, MobileNet and ResNet10."""
+    return Config(
+        data="hub:uoft-cs/cifar100", target="hub:uoft-cs/cifar10", shots=0, augment="crop-flip", teacher_augment="crop-flip",
+        teacher="small:preact-resnet18", teacher_steps=200_000, teacher_batch=256, images=1000, steps=160_000, batch_size=1024,
+        optimizer=Optimizer("adamw", 1e-4, schedule="linear"), net="small:convnet-avg-128x256x512", pool=10, lifetime=1000,
+        pretrain_steps=4000, others=("small:resnet20", "small:mlp-512x512"), finetune_steps=10_000, finetune_augment="crop-flip",
+    )  # fmt: skip
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "no pre-training": {"steps": 0, "pretrain_steps": 0},
+    "random images": {"steps": 0},
+    "k-means images": {"steps": 0, "init": "k-means"},
+    "krr-st": {},
+    "images learned": {"learn": "images"},
+    "targets learned": {"learn": "targets"},
+    "random inner problem": {"inner_noise": 0.5},
+}
+_PAPER = "CIFAR-100 to CUB 18.5 -> 25.3 %, to Flowers 58.8 -> 67.9 % against no pre-training (unconfirmed)"
+CLAIMS = [
+    Claim("a network pre-trained on the set is nearer to the teacher on unseen images", "mse", "krr-st", "random images", "lower"),
+    Claim("nearer than with real images at the k-means centres", "mse", "krr-st", "k-means images", "lower"),
+    Claim("the set serves an MLP that it was not made with", "mse small:mlp-64x64", "krr-st", "random images", "lower"),
+    Claim("and another convolutional network", "mse small:convnet-w16", "krr-st", "random images", "lower"),
+    Claim("images and targets learned together beat targets alone", "mse", "krr-st", "targets learned", "lower"),
+    Claim("an inner problem without randomness beats a random one", "mse", "krr-st", "random inner problem", "lower"),
+    Claim("frozen features transfer better than those of real images", "probe", "krr-st", "random images"),
+    Claim("and than those of an untrained network", "probe", "krr-st", "no pre-training", paper=_PAPER),
+    Claim("fine-tuned on the target task, the network gains over no pre-training", "finetune", "krr-st", "no pre-training", paper=_PAPER),
+]
+
+
+def main(
+    cfg: Config, run: Run, *, data: ImageData | None = None, target: ImageData | None = None, teacher: nn.Module | None = None
+) -> dict[str, float]:
+    """Train the teacher if need be, distil, pre-train networks on the set, and try them on the target task.
+
+    `data` (its source classes are used), `target` and `teacher` (images to features) replace what the config names.
+    """
+    source, task = splits(cfg, run, data, target)
+    encoder = (teacher or find_teacher(cfg, run, source)).to(run.device)
+    teacher = run.frozen(Teacher(encoder, source.train))
+    width = teacher(source.train.take(torch.arange(2)).images).shape[1]
+    fresh = partial(fresh_net, source, outputs=width)
+
+    pick = torch.randperm(len(source.train))[: cfg.images] if cfg.init == "random" else k_means(teacher, source.train, cfg.images, run.seed)
+    start = source.train.take(pick).images
+    distilled = Distilled(start, teacher(start).detach(), source)
+    if cfg.steps:
+        distil(cfg, run, source, teacher, distilled, partial(fresh, cfg.net))
+
+    images, targets = distilled.pixels.detach(), distilled.targets.detach()
+    answers = evaluate(teacher, source.test)[0]
+    metrics: dict[str, list[float]] = {}
+    student: Any = None
+    for name, repeats in ((cfg.net, cfg.repeats), *((other, 1) for other in cfg.others)):
+        for i in range(repeats):
+            with run.stage(f"pretrain-{name.partition(':')[2]}-{i}") as stage:
+                net = pretrain(cfg, stage, fresh(name), images, targets)
+            error = float(F.mse_loss(evaluate(net, source.test)[0], answers))
+            metrics.setdefault("mse" if name == cfg.net else f"mse {name}", []).append(error)
+            if name == cfg.net:
+                student = net
+                metrics.setdefault("probe", []).append(probe(task, hub.Encoder(net)))
+                with run.stage(f"finetune-{i}") as stage:
+                    metrics.setdefault("finetune", []).append(finetune(cfg, stage, net, task))
+    means = {name: sum(values) / len(values) for name, values in metrics.items()}
+
+    run.row("teacher", mse=0.0, probe=probe(task, teacher))
+    run.row("student", **means)
+    run.image("distilled images", images[:64])
+    run.image("the real images that they start from", start[:64])
+    run.save_student(student, partial(save, images=images, targets=targets))
+    return means
+
+
+# -- data and teacher --------------------------------------------------------------------------------------------------------------
+def splits(cfg: Config, run: Run, data: ImageData | None, target: ImageData | None) -> tuple[ImageData, ImageData]:
+    """The source without training labels, and the target task with its classes counted from 0. UserError when they do not fit."""
+    settings: Any = {"limit": cfg.limit or None, "image_size": cfg.image_size or None, "skip_bad": cfg.skip_bad}
+    load = lambda spec: load_images(spec, seed=run.seed, cache=run.cached, **settings)
+    data = (data or load(cfg.data)).to(run.device)
+    target = target or (load(cfg.target) if cfg.target else None)
+    first = len(data.classes) - (0 if target else cfg.held_out)
+    if first < 1:
+        raise UserError(f"--held-out {cfg.held_out} leaves no source class: {data.name} has {len(data.classes)} classes.", code=2)
+    if target and (target.channels, target.size) != (data.channels, data.size):
+        raise UserError(
+            f"{target.name} has {target.channels} channels of {target.size} pixels a side, but {data.name} has {data.channels} of "
+            f"{data.size}: give --image-size to scale both alike."
+        )
+    train, test = (of_classes(split, 0, first) for split in (data.train, data.test))
+    if cfg.images > len(train):
+        raise UserError(f"--images {cfg.images} is more than the {len(train)} images of the source.", code=2)
+    unlabelled = train.subset(torch.arange(len(train)), torch.full_like(train.labels, -1))
+    source = ImageData.of(data.name, unlabelled, test, data.classes[:first])
+    low, target = (0, target.to(run.device)) if target else (first, data)
+    few, test = (of_classes(split, low, len(target.classes)) for split in (target.train, target.test))
+    classes = target.classes[low:]
+    if cfg.shots:
+        few = few.subset(balanced_rows(few.labels, cfg.shots * len(classes), torch.Generator().manual_seed(run.seed)).to(few.device))
+    return source, ImageData.of("target", few, test, classes)
+
+
+def of_classes(split: Split, low: int, high: int) -> Split:
+    """The rows of classes low..high-1, counted from 0."""
+    rows = ((split.labels >= low) & (split.labels < high)).nonzero().squeeze(1)
+    return split.subset(rows, split.labels[rows] - low)
+
+
+class Teacher(nn.Module):
+    """g: images (B, C, H, W) in [0, 1] to features (B, d) of `encoder`, standardised over `source`."""
+
+    def __init__(self, encoder: nn.Module, source: Split):
+        super().__init__()
+        self.encoder, every = encoder, evaluate(encoder, source)[0]
+        self.register_buffer("mean", every.mean(0))
+        self.register_buffer("std", every.std(0).clamp_min(1e-6))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.encoder(images) - self.mean) / self.std
+
+
+def find_teacher(cfg: Config, run: Run, source: ImageData) -> nn.Module:
+    """A pretrained encoder as it is, or a small one trained on the source, once for all runs that want the same."""
+    if not cfg.teacher.startswith("small:"):
+        return hub.load_encoder(cfg.teacher, data=source)
+    settings = {name: value for name, value in vars(cfg).items() if name.startswith(("teacher", "redundancy", "noise"))}
+    inputs = (train_teacher, settings, source.train)
+    with run.stage("teacher", shared=inputs) as stage:
+        return train_teacher(cfg, stage, source)
+
+
+class Twin(nn.Module):
+    """A network's features and the projection that the Barlow Twins loss looks at."""
+
+    def __init__(self, net: Any):
+        super().__init__()
+        self.encoder = hub.Encoder(net)
+        width = net.head.in_features
+        self.projector = nn.Sequential(
+            nn.Linear(width, 2 * width, bias=False), nn.BatchNorm1d(2 * width), nn.ReLU(), nn.Linear(2 * width, 2 * width)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projector(self.encoder(images))
+
+
+def train_teacher(cfg: Config, stage: Run, source: ImageData) -> nn.Module:
+    twin, optimizer = stage.trainable("teacher", Twin(fresh_net(source, cfg.teacher, 2)), cfg.teacher_optimizer)
+    augment, batches = augmenter(cfg.teacher_augment, source.size), Batches(source.train, cfg.teacher_batch, stage.seed)
+    std = torch.tensor(source.std, device=stage.device).view(-1, 1, 1)
+
+    def view(images: Tensor) -> Tensor:
+        scale = 1 + cfg.noise / 2 * torch.randn(len(images), 1, 1, 1, device=images.device)
+        return augment(images) * scale + cfg.noise * std * torch.randn_like(images)
+
+    for step in stage.steps(cfg.teacher_steps):
+        images = stage.shard(batches(step)).images
+        one, two = twin(torch.cat([view(images), view(images)])).chunk(2)
+        stage.update(optimizer, barlow_twins(one, two, cfg.redundancy_weight))
+    return stage.unwrap(twin).encoder
+
+
+def barlow_twins(one: Tensor, two: Tensor, redundancy_weight: float) -> Tensor:
+    """sum_i (1 - C_ii)^2 + weight sum_i!=j C_ij^2 of the views' cross-correlation C over the batch (Zbontar et al. 2021): a scalar."""
+    one, two = ((x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-6) for x in (one, two))
+    correlation = one.T @ two / len(one)
+    diagonal = correlation.diagonal()
+    return (1 - diagonal).square().sum() + redundancy_weight * (correlation.square().sum() - diagonal.square().sum())
+
+
+def k_means(teacher: nn.Module, source: Split, count: int, seed: int) -> Tensor:
+    """(count,) positions of the images whose teacher features are nearest to the k-means centres."""
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import pairwise_distances_argmin
+
+    features = evaluate(teacher, source)[0].cpu().numpy()
+    return torch.from_numpy(pairwise_distances_argmin(KMeans(count, random_state=seed, n_init=1).fit(features).cluster_centers_, features))
+
+
+# -- the distilled set -------------------------------------------------------------------------------------------------------------
+def fresh_net(source: ImageData, name: str, outputs: int) -> Any:
+    kind, _, net = name.partition(":")
+    if kind != "small":
+        raise UserError(f"{name!r}: the networks of krr-st are trained from the start, so they are small:NAME.", code=2)
+    return build(net, classes=outputs, channels=source.channels, size=source.size, mean=source.mean, std=source.std)
+
+
+class Distilled:
+    """X as normalised pixels (m, C, H, W) and Y (m, d), both learnable."""
+
+    def __init__(self, pixels: Tensor, targets: Tensor, source: ImageData):
+        self.mean, self.std = (torch.tensor(x, device=pixels.device).view(-1, 1, 1) for x in (source.mean, source.std))
+        self.images, self.targets = nn.Parameter((pixels - self.mean) / self.std), nn.Parameter(targets.clone())
+
+    @property
+    def pixels(self) -> Tensor:
+        """X in the scale of real images, which every network takes (and normalises itself); not confined to [0, 1]."""
+        return self.images * self.std + self.mean
+
+
+def distil(cfg: Config, run: Run, source: ImageData, teacher: nn.Module, distilled: Distilled, fresh: Callable[[], nn.Module]) -> None:
+    """The outer loop: learns `distilled` in place."""
+    learned = {"both": [distilled.images, distilled.targets], "images": [distilled.images], "targets": [distilled.targets]}[cfg.learn]
+    _, optimizer = run.trainable("distilled", learned, cfg.optimizer)
+    pool = Pool(fresh, cfg.inner, cfg.pool, cfg.lifetime, run.seed, run.device)
+    run.track(pool=pool)
+    last_chunk = lambda: run.chunk + 1 == run.accumulate
+    blurred = lambda pixels: pixels + cfg.inner_noise * distilled.std * torch.randn_like(pixels) if cfg.inner_noise else pixels
+
+    goals = np.random.default_rng([run.seed, 1]).integers(1, cfg.lifetime, cfg.pool)
+    for age in run.steps(int(goals.max()), "pool"):
+        for slot in range(cfg.pool):
+            if last_chunk() and age < goals[slot]:
+                pool.advance(slot, blurred(distilled.pixels.detach()), distilled.targets.detach())
+
+    augment, batches = augmenter(cfg.augment, source.size), Batches(source.train, cfg.batch_size, run.seed)
+    for step in run.steps(cfg.steps):
+        slot = int(np.random.default_rng([run.seed, 2, step]).integers(cfg.pool))
+        net = pool.frozen(slot)
+        with torch.no_grad():
+            real = augment(run.shard(batches(step)).images)
+            answers, features = teacher(real), net.features(real)
+        predicted = ridge_head(net.features(blurred(distilled.pixels)), features, distilled.targets, cfg.ridge)
+        run.update(optimizer, outer=(predicted - answers).square().mean(1))
+        if last_chunk():
+            pool.advance(slot, blurred(distilled.pixels.detach()), distilled.targets.detach())
+        run.log(age=pool.ages[slot])
+
+
+# -- its use -----------------------------------------------------------------------------------------------------------------------
+def pretrain(cfg: Config, stage: Run, net: Any, images: Tensor, targets: Tensor) -> Any:
+    """A fresh network trained on the set alone: no augmentation, constant rate."""
+    net, optimizer = stage.trainable("net", net, cfg.inner)
+    batches = Batches(MemorySplit(images, torch.zeros(len(images))), cfg.pretrain_batch, stage.seed)
+    noise = cfg.inner_noise * images.std()
+    for step in stage.steps(cfg.pretrain_steps):
+        index, pixels, _ = stage.shard(batches(step))
+        pixels = pixels + noise * torch.randn_like(pixels) if cfg.inner_noise else pixels
+        stage.update(optimizer, mse=(net(pixels) - targets[index]).square().mean(1))
+    return stage.unwrap(net)
+
+
+def finetune(cfg: Config, stage: Run, net: Any, task: ImageData) -> float:
+    """Test accuracy after training all weights, under a new head, on the target task."""
+    tuned: Any = build(**{**net.spec, "classes": len(task.classes)})
+    kept = {name: value for name, value in net.state_dict().items() if not name.startswith("head.")}
+    tuned.load_state_dict({**tuned.state_dict(), **kept})
+    tuned, optimizer = stage.trainable("net", tuned, cfg.finetune_optimizer)
+    augment, batches = augmenter(cfg.finetune_augment, net.spec["size"]), Batches(task.train, cfg.finetune_batch, stage.seed)
+    for step in stage.steps(cfg.finetune_steps):
+        _, images, labels = stage.shard(batches(step))
+        stage.update(optimizer, ce=cross_entropy(tuned(augment(images)), labels))
+    return ClassificationMetrics.of(*evaluate(stage.unwrap(tuned), task.test)).accuracy
+
+
+def probe(task: ImageData, encoder: nn.Module) -> float:
+    """Test accuracy of a linear probe on frozen features."""
+    return linear_probe(*evaluate(encoder, task.train), *evaluate(encoder, task.test))
+
+
+def save(student: nn.Module, folder: Path, images: Tensor, targets: Tensor) -> None:
+    """The set as distilled.safetensors (images in the scale of real ones, targets) beside the last network pre-trained on it."""
+    from safetensors.torch import save_file
+
+    hub.save_classifier(student, folder)
+    save_file({"images": images.cpu().contiguous(), "targets": targets.cpu().contiguous()}, folder / "distilled.safetensors")
