@@ -143,7 +143,7 @@ def summary(name: str, found: dict[str, list[dict[str, float]]]) -> dict[str, An
     return values
 
 
-def measure(rounds: int = 6) -> dict[str, Any]:
+def measure(rounds: int = 9) -> dict[str, Any]:
     torch.set_num_threads(1)
     with processes() as contenders:
         return {setting: compare(setting, contenders, rounds) for setting in SETTINGS}
