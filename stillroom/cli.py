@@ -191,12 +191,10 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
     settings |= {"save_seconds": options.save_seconds, "progress": not options.quiet, "tensorboard": options.tensorboard}
     try:
         with Run(folder, options.seed, **settings) as run:
-            arms = [(method, run)]
+            catalogue.execute(name, catalogue.config_of(recipe, method, config), run, arm=method)
             if options.baseline and isinstance(versus, str) and versus != method:
-                arms.append((versus, Run(folder / "baseline", options.seed, **settings)))
-            for arm, place in arms:
-                catalogue.execute(name, catalogue.config_of(recipe, arm, config), place, arm=arm)
-                place.close()
+                with Run(folder / "baseline", options.seed, **settings) as other:
+                    catalogue.execute(name, catalogue.config_of(recipe, versus, config), other, arm=versus)
             if not run.rank:
                 page = report.write(folder)
                 report.print_table(report.table(folder))

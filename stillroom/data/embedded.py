@@ -73,7 +73,7 @@ def shapes(seed: int = 0, count: int = 600, size: int = 32) -> ImageData:
     return ImageData.of("shapes", MemorySplit(pixels[:count], labels[:count]), MemorySplit(pixels[count:], labels[count:]), SHAPES)
 
 
-def spiral(seed: int = 0, count: int = 8000, arms: int = 5, twist: float = 16.0, spread: float = 0.25) -> ImageData:
+def spiral(seed: int = 0, count: int = 8000, arms: int = 5, twist: float = 12.0, spread: float = 0.25) -> ImageData:
     """Points on the arms of a spiral as images of one pixel, (2, 1, 1) in [0, 1]; the arm is the class. A quarter as many test points.
 
     Radius r = U^0.7 and angle 2 pi k / arms + twist r + spread N(0, 1): a task on which a network's depth matters.

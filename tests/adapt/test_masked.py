@@ -99,7 +99,7 @@ def test_small_error_by_loops(data):
             if hidden[i, n]:
                 patch = normalised[i, 0, 2 * (n // 4) : 2 * (n // 4) + 2, 2 * (n % 4) : 2 * (n % 4) + 2].flatten()
                 target = (patch - patch.mean()) / (patch.var(correction=1) + 1e-6).sqrt()
-                errors.append(float((predicted[i, n] - target).square().mean()))
+                errors.append(float((predicted[i, n] - target).detach().square().mean()))
         assert len(errors) == 12
         assert float(values[i]) == pytest.approx(sum(errors) / 12, rel=1e-5)
 

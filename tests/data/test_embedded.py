@@ -154,7 +154,7 @@ def test_spiral_arms_turn_with_the_radius():
     assert 0 <= float(data.train.images().min()) <= float(data.train.images().max()) <= 1
     radius = points.norm(dim=1)
     assert float((radius ** (1 / 0.7)).mean()) == pytest.approx(0.5, abs=0.02)  # radius^(1/0.7) is uniform
-    angle = torch.atan2(points[:, 1], points[:, 0]) - 2 * torch.pi / 5 * data.train.labels - 16 * radius
+    angle = torch.atan2(points[:, 1], points[:, 0]) - 2 * torch.pi / 5 * data.train.labels - 12 * radius
     noise = torch.remainder(angle + torch.pi, 2 * torch.pi) - torch.pi
     assert float(noise.std()) == pytest.approx(0.25, abs=0.01)
     assert torch.equal(spiral(3, count=4000).train.images(), data.train.images())

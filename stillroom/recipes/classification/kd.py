@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stillroom import hub
 from stillroom.claims import Claim
@@ -120,7 +121,7 @@ def main(
         logits = student(image)
         parts = {}
         if cfg.ce_weight:
-            parts["ce"] = cfg.ce_weight * labelled_mean(cross_entropy(logits, label.clamp_min(0)), label >= 0)
+            parts["ce"] = cfg.ce_weight * labelled_cross_entropy(logits, label)
         if signal is not None:
             parts["kd"] = cfg.kd_weight * kl(signal(index, image), logits, cfg.temperature, times_t2=True)
         run.update(optimizer, **parts)
@@ -148,6 +149,6 @@ def train_teacher(stage: Run, cfg: Config, data: ImageData) -> nn.Module:
     return stage.unwrap(net)
 
 
-def labelled_mean(values: Tensor, labelled: Tensor) -> Tensor:
-    """Mean over the labelled rows of a batch; zero when it has none."""
-    return (values * labelled).sum() / labelled.sum().clamp_min(1)
+def labelled_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean over the labelled rows of a batch (label -1 is none); zero when it has none."""
+    return F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp_min(1)

@@ -250,7 +250,8 @@ def finetune(cfg: Config, run: Run, net: nn.Module, target: Any) -> nn.Module:
 
 
 def reconstructions(model: Any, test: Split, count: int = 8) -> Tensor:
-    """(3 count, C, H, W) in [0, 1]: images, what the model is shown, and its answer where patches were hidden."""
+    """(3 count, C, H, W) in [0, 1]: images, what the model is shown, and its answer where patches were hidden, brought to the true mean
+    and deviation of each patch, which it does not predict."""
     images = test.take(torch.arange(min(count, len(test)))).images
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
