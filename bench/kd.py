@@ -145,4 +145,4 @@ def summary(name: str, found: dict[str, list[dict[str, float]]]) -> dict[str, An
 def measure(rounds: int = 6) -> dict[str, Any]:
     torch.set_num_threads(1)
     with processes() as contenders:
-        return {setting: compare(setting, contenders, rounds if "digits" in setting else max(3, rounds // 2)) for setting in SETTINGS}
+        return {setting: compare(setting, contenders, rounds) for setting in SETTINGS}

@@ -191,12 +191,10 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
     settings |= {"save_seconds": options.save_seconds, "progress": not options.quiet, "tensorboard": options.tensorboard}
     try:
         with Run(folder, options.seed, **settings) as run:
-            arms = [(method, run)]
+            catalogue.execute(name, catalogue.config_of(recipe, method, config), run, arm=method)
             if options.baseline and isinstance(versus, str) and versus != method:
-                arms.append((versus, Run(folder / "baseline", options.seed, **settings)))
-            for arm, place in arms:
-                catalogue.execute(name, catalogue.config_of(recipe, arm, config), place, arm=arm)
-                place.close()
+                with Run(folder / "baseline", options.seed, **settings) as other:
+                    catalogue.execute(name, catalogue.config_of(recipe, versus, config), other, arm=versus)
             if not run.rank:
                 page = report.write(folder)
                 report.print_table(report.table(folder))
@@ -220,6 +218,15 @@ def _delete_run(folder: Path) -> None:
             shutil.rmtree(folder)
     except Timeout:
         raise UserError(f"{folder} is in use by another live process.") from None
+
+
+@app.command
+def search(name: Positional[str]) -> None:
+    """Search the flags of a recipe for better ones, config by config and seed by seed. `stillroom search NAME --help`: its flags.
+
+    Args:
+        name: a recipe of `stillroom list`.
+    """
 
 
 @app.command
@@ -312,6 +319,23 @@ def compare(runs: Positional[tuple[Path, ...]], out: Path = Path("compare.html")
 
 
 @app.command
+def export(run: Positional[Path], to: Literal["safetensors", "onnx", "torch-export"], out: Path | None = None) -> None:
+    """Write a run's student in a format for deployment, check it against PyTorch and time it; the report then shows both.
+
+    Args:
+        run: folder of a run, or of a saved student.
+        to: safetensors and config in the student's own library, ONNX, or torch.export.
+        out: the folder to write; default: RUN/exported/FORMAT.
+    """
+    from stillroom import report
+    from stillroom.export import export as write
+
+    folder, rows = write(run, to, out)
+    report.print_table([{"name": name, **row} for name, row in rows.items()])
+    print(f"written and checked: {folder}")
+
+
+@app.command
 def cache(clear: bool = False, name: str | None = None, folder: Path | None = None) -> None:
     """List what runs share (trained teachers, teacher signals), with sizes; or clear it.
 
@@ -345,6 +369,10 @@ def main(args: list[str] | None = None) -> int:
     try:
         if args[:1] == ["run"] and len(args) > 1 and not args[1].startswith("-"):
             run_recipe(args[1], args[2:])
+        elif args[:1] == ["search"] and len(args) > 1 and not args[1].startswith("-"):
+            from stillroom.search import command
+
+            command.main(args[1], args[2:])
         else:
             app.cli(args=args, prog="stillroom", description="Model distillation: run published systems, and check their claims.")
     except UserError as error:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from stillroom.data.images import ImageData
 from stillroom.data.load import needs
 from stillroom.errors import UserError
+from stillroom.nets import packed
 from stillroom.nets.build import build
 from stillroom.nets.parts import Normalise
 from stillroom.store import replacing
@@ -108,28 +109,37 @@ def load_encoder(spec: str, *, data: ImageData) -> nn.Module:
     return wrap(model, name, data=data, kind=Backbone)
 
 
-def wrap(model: nn.Module, name: str, *, data: ImageData, kind: type[Wrapped] = Wrapped) -> Wrapped:
+def wrap(model: nn.Module, name: str, *, data: ImageData | None, kind: type[Wrapped] = Wrapped) -> Wrapped:
     """A transformers image model, loaded from `name`, with the size and normalisation that its processor file declares."""
     config: Any = model.config
     processor = _read_processor(needs("transformers", "hf"), name)
     return kind(model, _expected_size(config, processor), *_normalisation(name, config, processor, data))
 
 
-def save_classifier(net: nn.Module, folder: str | Path) -> None:
+def load_student(folder: str | Path) -> nn.Module:
+    """The classifier that a run saved, whatever data it learned from. UserError as for `run:FOLDER`."""
+    return _saved(Path(folder), None, False)
+
+
+def save_classifier(net: nn.Module, folder: str | Path, coded: Mapping[str, packed.Coded] | None = None) -> None:
     """Save so that the library that the net came from loads it; the folder appears whole or not at all.
 
     A transformers model: `AutoModelForImageClassification.from_pretrained(folder)` and `AutoImageProcessor` read it. A small network:
     model.safetensors and its spec in config.json, for `run:FOLDER`. Any other module: model.safetensors, and its class in config.json;
-    load it in Python with that class and `load_state_dict`.
+    load it in Python with that class and `load_state_dict`. With `coded` (codes by name of `net`'s parameters) the weights are packed into
+    packed.safetensors instead, which `run:FOLDER` reads and `stillroom export` turns into the library's own format.
     """
     model: Any = net.model if isinstance(net, Wrapped) else net
     with replacing(Path(folder)) as place:
+        if coded is not None:
+            packed.save_packed(net, coded, place / packed.FILE)
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(place)
+            (model if coded is None else model.config).save_pretrained(place)
             if isinstance(net, Wrapped):
                 _write(place / "preprocessor_config.json", _processor(net))
             return
-        save_model(model, str(place / WEIGHTS))
+        if coded is None:
+            save_model(model, str(place / WEIGHTS))
         if spec := getattr(model, "spec", None):
             _write(place / "config.json", {"stillroom": spec})
         else:
@@ -156,7 +166,7 @@ def _processor(net: Wrapped) -> dict[str, Any]:
     }
 
 
-def _saved(folder: Path, data: ImageData, fresh: bool, any_classes: bool = False) -> nn.Module:
+def _saved(folder: Path, data: ImageData | None, fresh: bool, any_classes: bool = False) -> nn.Module:
     folder = next((place for place in (folder / "student", folder) if (place / "config.json").is_file()), folder)
     config = _config(folder)
     if "model_type" in config:
@@ -169,13 +179,15 @@ def _saved(folder: Path, data: ImageData, fresh: bool, any_classes: bool = False
     spec = config["stillroom"]
     if not any_classes:
         _same_classes(str(folder), spec["classes"], data)
-    if (spec["channels"], spec["size"]) != (data.channels, data.size):
+    if data is not None and (spec["channels"], spec["size"]) != (data.channels, data.size):
         raise UserError(
             f"{folder} takes images of {spec['channels']} channels and {spec['size']} pixels a side, but {data.name} has "
             f"{data.channels} channels and {data.size} pixels."
         )
     net = build(**spec)
-    if not fresh:
+    if not fresh and (folder / packed.FILE).is_file():
+        packed.load_packed(net, folder / packed.FILE)
+    elif not fresh:
         _only_safetensors(folder)
         try:
             net.load_state_dict(load_file(folder / WEIGHTS))
@@ -184,7 +196,7 @@ def _saved(folder: Path, data: ImageData, fresh: bool, any_classes: bool = False
     return net
 
 
-def _transformers(name: str, data: ImageData, fresh: bool) -> nn.Module:
+def _transformers(name: str, data: ImageData | None, fresh: bool) -> nn.Module:
     transformers = needs("transformers", "hf")
     folder = Path(name)
     if folder.is_dir() and "model_type" not in _config(folder):
@@ -192,7 +204,7 @@ def _transformers(name: str, data: ImageData, fresh: bool) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         processor = _read_processor(transformers, name)
-        if fresh:
+        if fresh and data is not None:
             config.id2label = dict(enumerate(data.classes))
             config.label2id = {label: number for number, label in enumerate(data.classes)}
             config.num_channels = data.channels
@@ -201,20 +213,29 @@ def _transformers(name: str, data: ImageData, fresh: bool) -> nn.Module:
         _same_classes(name, config.num_labels, data)
         if folder.is_dir():
             _only_safetensors(folder)
-        model, report = transformers.AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        if coded := (folder / packed.FILE).is_file():
+            model, missing = transformers.AutoModelForImageClassification.from_config(config), set()
+        else:
+            model, report = transformers.AutoModelForImageClassification.from_pretrained(
+                name, use_safetensors=True, output_loading_info=True
+            )
+            missing = report["missing_keys"]
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"hf:{name} could not be loaded: {error}") from error
-    if report["missing_keys"]:
-        raise UserError(f"hf:{name} is not a trained classifier: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}.")
-    return wrap(model, name, data=data)
+    if missing:
+        raise UserError(f"hf:{name} is not a trained classifier: its weights lack {', '.join(sorted(missing)[:3])}.")
+    net = wrap(model, name, data=data)
+    if coded:
+        packed.load_packed(net, folder / packed.FILE)
+    return net
 
 
 def _normalisation(
-    name: str, config: Any, processor: Mapping[str, Any], data: ImageData
+    name: str, config: Any, processor: Mapping[str, Any], data: ImageData | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # fmt: skip
     """Mean and deviation by which the model's images in [0, 1] are normalised. UserError if its channels are not those of `data`."""
     channels = getattr(config, "num_channels", 3)
-    if data.channels not in (1, channels):
+    if data is not None and data.channels not in (1, channels):
         raise UserError(f"hf:{name} takes images of {channels} channel(s), but {data.name} has {data.channels}.")
     if not processor:
         warnings.warn(f"hf:{name} has no preprocessor_config.json: images are normalised by a mean and deviation of 0.5.", stacklevel=4)
@@ -287,8 +308,8 @@ def _only_safetensors(folder: Path) -> None:
     raise UserError(f"{folder}: no weights were found (*.safetensors).")
 
 
-def _same_classes(name: str, count: int, data: ImageData) -> None:
-    if count != len(data.classes):
+def _same_classes(name: str, count: int, data: ImageData | None) -> None:
+    if data is not None and count != len(data.classes):
         raise UserError(
             f"{name} tells {count} classes apart, but {data.name} has {len(data.classes)}. Teacher and data must agree: train the teacher "
             "on this data, or choose data with its classes."

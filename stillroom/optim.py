@@ -34,7 +34,9 @@ class Optimizer:
     decay: Literal["all", "matrices"] = "all"
     """Parameters that decay: all, or not biases, norms, class tokens and position tables (one dimension, or a leading one of size 1)."""
     schedule: Literal["constant", "cosine", "linear", "step"] = "constant"
-    """Shape of the learning rate over the run; cosine and linear end at zero."""
+    """Shape of the learning rate over the run; cosine and linear end at `end`."""
+    end: NonNegative = 0.0
+    """Learning rate that the cosine and linear schedules end at."""
     drops: tuple[float, ...] = (0.5, 0.75)
     """Shares of the run at which the "step" schedule multiplies the rate by drop_factor."""
     drop_factor: Positive = 0.1
@@ -66,9 +68,9 @@ class Optimizer:
         done = (step - self.warmup) / max(1, total - self.warmup)
         match self.schedule:
             case "cosine":
-                return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+                return self.end + (self.lr - self.end) * 0.5 * (1 + math.cos(math.pi * done))
             case "linear":
-                return self.lr * (1 - done)
+                return self.end + (self.lr - self.end) * (1 - done)
             case "step":
                 return self.lr * self.drop_factor ** sum(step >= round(share * total) for share in self.drops)
             case _:

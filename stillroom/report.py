@@ -203,8 +203,8 @@ def write(folder: Path) -> Path:
     parts = [(result["arm"] or "method", folder)]
     if (folder / "baseline" / "result.json").exists():
         parts.insert(0, (read(folder / "baseline")["arm"], folder / "baseline"))
-    page = _page(catalogue.load(result["recipe"]).__doc__ or result["recipe"], table(folder), parts, [result])
-    write_atomic(folder / "report.html", page)
+    html = page(catalogue.load(result["recipe"]).__doc__ or result["recipe"], table(folder), parts, [result])
+    write_atomic(folder / "report.html", html)
     return folder / "report.html"
 
 
@@ -218,11 +218,12 @@ def compare(folders: list[Path], out: Path) -> Path:
         f"{f.name}: {r['recipe']}, seed {r['seed']}" for f, r in zip(folders, results, strict=True)
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, _page(title, rows, [(f.name, f) for f in folders], results))
+    write_atomic(out, page(title, rows, [(f.name, f) for f in folders], results))
     return out
 
 
-def _page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], results: list[dict[str, Any]]) -> str:
+def page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], results: list[dict[str, Any]]) -> str:
+    """The HTML: title and text, the final table, pictures and curves of `parts` (label, folder), config and commands of `results`."""
     from jinja2 import Environment, FileSystemLoader
 
     title, _, text = doc.strip().partition("\n")

@@ -56,6 +56,19 @@ def refuse_shared(run: Run, net: nn.Module) -> None:
             raise ValueError(f"this network shares parameters with the trainable role {role.name!r}: freeze a deep copy")
 
 
+def averages(parts: dict[str, torch.Tensor], count: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """Each part as a scalar, and the weight of this chunk: what vectors were averaged over, 1 for scalars."""
+    weight: Any = 1.0
+    means = {}
+    for name, value in parts.items():
+        if value.dim():
+            # A chunk may have nothing to count: it then adds nothing.
+            weight = value.numel() if count is None else torch.as_tensor(count, device=value.device).clamp_min(1e-12)
+            value = value.mean() if count is None else value.sum() / weight
+        means[name] = value
+    return means, weight
+
+
 def backward(run: Run, roles: list[Role], loss: torch.Tensor, weight: Any) -> None:
     """Gradients of `loss` for `roles` only, weighted so that chunks and processes add up to the mean over the effective batch."""
     if run.accumulate > 1:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from stillroom import engine as engines
+from stillroom import report
 from stillroom import roles as held
 from stillroom.errors import UserError
 from stillroom.interrupt import Interrupted, Signals
@@ -38,7 +39,6 @@ from stillroom.store import Store, replacing, write_atomic
 
 B = TypeVar("B")
 N = TypeVar("N")
-
 # Odd numbers that set the seeds of steps, chunks and ranks apart (no hash: after 2 ms of work its code has left the processor's cache).
 _STEP, _CHUNK, _RANK = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 
@@ -88,7 +88,7 @@ class Run:
         if not self.rank:
             self._open(wait)
         self.engine.barrier()
-        self._seed()
+        self._seed(self._number())
 
     def _open(self, wait: bool) -> None:
         from filelock import FileLock, Timeout
@@ -131,7 +131,7 @@ class Run:
         placed = (str(self.device.type), self.engine.precision, self.world, self.accumulate)
         stage = Run(self.store.entry(name, self.seed, placed, shared), self.seed, parent=self, wait=True, **settings)
         stage.path, stage._stream = f"{self.path}/{name}", name  # its random draws must not depend on which run came first
-        stage._seed("start")
+        stage._seed(stage._number("start"))
         return stage
 
     def cached(self, name: str, build: Callable[..., Mapping[str, torch.Tensor]], *inputs: Any) -> dict[str, torch.Tensor]:
@@ -198,7 +198,7 @@ class Run:
                     if collective:
                         for role in self.roles.values():
                             self.engine.synchronise(role.net, chunk + 1 == self.accumulate)
-                    self._draw_from(first + step * _STEP + chunk * _CHUNK + self.rank * _RANK)
+                    self._seed(first + step * _STEP + chunk * _CHUNK + self.rank * _RANK)
                     yield step
                 if bar is not None:
                     bar.update()
@@ -222,7 +222,7 @@ class Run:
         if bar is not None:
             bar.close()
         self.chunk = 0
-        self._seed(name, "end")  # what is drawn after the loop must not depend on whether the loop ran or was reloaded
+        self._seed(self._number(name, "end"))  # what is drawn after the loop must not depend on whether the loop ran or was reloaded
 
     def update(self, optimizer: Any, loss: torch.Tensor | None = None, *, count: Any = None, **parts: torch.Tensor) -> torch.Tensor:
         """Backward, normalise, clip, check, step and clear, for the role (or tuple of roles) of `optimizer`.
@@ -235,14 +235,7 @@ class Run:
         """
         given = {"loss": loss, **parts} if loss is not None else parts
         roles = [self._role(o) for o in (optimizer if isinstance(optimizer, tuple) else (optimizer,))]
-        weight: Any = 1.0
-        means: dict[str, torch.Tensor] = {}
-        for part, value in given.items():
-            if value.dim():
-                # A chunk may have nothing to count: it then adds nothing.
-                weight = value.numel() if count is None else torch.as_tensor(count, device=value.device).clamp_min(1e-12)
-                value = value.sum() / weight if count is not None else value.mean()
-            means[part] = value
+        means, weight = held.averages(given, count)
         total = functools.reduce(torch.add, means.values())
         who = roles[0].name
         self.finite.check(who, total, means)
@@ -344,14 +337,10 @@ class Run:
         self._clock.earlier = max(self._clock.earlier, state["seconds"])
         return state["step"]
 
-    def _seed(self, *place: Any) -> None:
-        self._draw_from(self._number(*place))
-
     def _number(self, *place: Any) -> int:
-        digest = hashlib.blake2b(repr((self.seed, self._stream, place)).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little")
+        return int.from_bytes(hashlib.blake2b(repr((self.seed, self._stream, place)).encode(), digest_size=8).digest(), "little")
 
-    def _draw_from(self, number: int) -> None:
+    def _seed(self, number: int) -> None:
         number &= (1 << 63) - 1
         torch.default_generator.manual_seed(number)
         if self.device.type != "cpu":
@@ -375,16 +364,17 @@ class Run:
     def image(self, name: str, images: torch.Tensor, columns: int = 8) -> None:
         """A grid of images (N, C, H, W) in [0, 1] as samples/NAME.png."""
         if self.plots and not self.rank:
-            from stillroom.report import png
-
-            self._sample(f"{name}.png", png(images, columns))
+            self._sample(f"{name}.png", report.png(images, columns))
 
     def figure(self, name: str, draw: Callable[[Any], None]) -> None:
         """`draw(axes)` on matplotlib axes, kept as samples/NAME.svg in colours that follow the page's light or dark theme."""
         if self.plots and not self.rank:
-            from stillroom.report import svg
+            self._sample(f"{name}.svg", report.svg(draw))
 
-            self._sample(f"{name}.svg", svg(draw))
+    def html(self, name: str, fragment: str) -> None:
+        """A self-contained HTML fragment (it may hold SVG, style and script) across the report's whole width, as samples/NAME.html."""
+        if self.plots and not self.rank:
+            self._sample(f"{name}.html", fragment)
 
     def _sample(self, name: str, content: Any) -> None:
         (self.folder / "samples").mkdir(exist_ok=True)

@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"losses", "teachers"},
     {"lm", "diffusion", "search", "adapt"},
     {"recipes"},
-    {"cli", "__main__"},
+    {"cli", "export", "__main__"},
 ]
 CORE = ("run", "roles", "engine", "optim", "store", "log", "interrupt", "config", "errors")
 AROUND = ("claims", "catalogue", "report", "cli")

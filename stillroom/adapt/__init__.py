@@ -1,1 +1,1 @@
-"""What changes a network's shape or solves part of it in closed form: ridge heads, masked pre-training models."""
+"""What changes a network, or solves part of it in closed form: exits, quantizers, ridge heads, masked pre-training models."""

@@ -1,4 +1,4 @@
-"""Image sets that need no download: scikit-learn's digits and generated coloured shapes."""
+"""Sets that need no download: scikit-learn's digits, generated coloured shapes, and points on the arms of a spiral."""
 
 from __future__ import annotations
 
@@ -71,3 +71,19 @@ def shapes(seed: int = 0, count: int = 600, size: int = 32) -> ImageData:
     images = torch.where(mask, paint, ground) + 0.06 * torch.randn((total, 3, size, size), generator=generator)
     pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     return ImageData.of("shapes", MemorySplit(pixels[:count], labels[:count]), MemorySplit(pixels[count:], labels[count:]), SHAPES)
+
+
+def spiral(seed: int = 0, count: int = 8000, arms: int = 5, twist: float = 12.0, spread: float = 0.25) -> ImageData:
+    """Points on the arms of a spiral as images of one pixel, (2, 1, 1) in [0, 1]; the arm is the class. A quarter as many test points.
+
+    Radius r = U^0.7 and angle 2 pi k / arms + twist r + spread N(0, 1): a task on which a network's depth matters.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = count + max(count // 4, arms)
+    labels = torch.randperm(total, generator=generator) % arms
+    radius = torch.rand(total, generator=generator) ** 0.7
+    angle = 2 * math.pi / arms * labels + twist * radius + spread * torch.randn(total, generator=generator)
+    points = (1 + torch.stack([radius * angle.cos(), radius * angle.sin()], 1)) / 2
+    pixels = points[:, :, None, None]
+    train, test = MemorySplit(pixels[:count], labels[:count]), MemorySplit(pixels[count:], labels[count:])
+    return ImageData.of("spiral", train, test, tuple(f"arm {k + 1}" for k in range(arms)))

@@ -1,4 +1,4 @@
-"""Image data by name: `digits`, `shapes`, a folder of image folders or parquet files, or `hub:ID`."""
+"""Image data by name: `digits`, `shapes`, `spiral`, a folder of image folders or parquet files, or `hub:ID`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stillroom.data.decode import Cells, Decoder, Files, decode_rows, readable_rows, stamp
-from stillroom.data.embedded import digits, shapes
+from stillroom.data.embedded import digits, shapes, spiral
 from stillroom.data.images import ImageData, LazySplit, MemorySplit, Split, balanced_rows, keep_labels, spoil_labels
 from stillroom.errors import UserError
 from stillroom.store import fingerprint
@@ -27,6 +27,7 @@ IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 MEMORY = 2**30
 """Sets that decode to fewer bytes are held in memory."""
+EMBEDDED: dict[str, Callable[[int], ImageData]] = {"digits": digits, "shapes": shapes, "spiral": spiral}
 LAYOUTS = (
     "Understood are train/CLASS/*.png (jpg, jpeg, bmp, webp) beside test/CLASS/ or val/CLASS/, and train.parquet or train-*.parquet "
     "beside test or validation files, with a column image (or img) and a column label (or labels, fine_label)."
@@ -54,7 +55,7 @@ def load_images(
     skip_bad: bool = False,
     cache: Cache | None = None,
 ) -> ImageData:
-    """The image classification task that `spec` names: `digits`, `shapes`, a folder, or `hub:ID` (with `@train,test` for split names).
+    """The image classification task that `spec` names: an embedded set, a folder, or `hub:ID` (with `@train,test` for split names).
 
     `limit` keeps at most that many training and test images. `labelled` keeps the labels of that many training images, balanced over
     the classes; the other training images become the transfer set, or without `transfer` are left out (of the embedded digits they then
@@ -65,11 +66,11 @@ def load_images(
     """
     if any(value is not None and value < 1 for value in (labelled, limit, image_size)):
         raise UserError("labelled, limit and image-size must be at least 1.")
-    if spec in ("digits", "shapes"):
+    if spec in EMBEDDED:
         if image_size is not None:
             raise UserError(f"The embedded {spec} images have a fixed size: leave --image-size out.")
         alone = labelled if labelled and not transfer else 950
-        data = digits(seed, labelled=alone, transfer=0) if spec == "digits" else shapes(seed)
+        data = digits(seed, labelled=alone, transfer=0) if spec == "digits" else EMBEDDED[spec](seed)
         train, test, classes = data.train, data.test, data.classes
     else:
         rows = _hub(spec.removeprefix("hub:")) if spec.startswith("hub:") else _folder(Path(spec))
@@ -123,7 +124,7 @@ def _decoded(
 
 def _folder(root: Path) -> tuple[Rows, Rows]:
     if not root.is_dir():
-        raise UserError(f"{root}: there is no such folder (nor an embedded set of that name: digits, shapes). {LAYOUTS}")
+        raise UserError(f"{root}: there is no such folder (nor an embedded set of that name: {', '.join(EMBEDDED)}). {LAYOUTS}")
     names = ("train", *TEST_NAMES)
     places = {
         name: [place for end in ("", "-*") for sub in ("", "data/") for place in root.glob(f"{sub}{name}{end}.parquet")] for name in names

@@ -15,12 +15,13 @@ from stillroom.errors import UserError
 from stillroom.nets.convnet import average_convnet, convnet
 from stillroom.nets.mlp import mlp
 from stillroom.nets.parts import Classifier
+from stillroom.nets.residual_mlp import residual_mlp
 from stillroom.nets.resnet import preact_resnet18, resnet
 from stillroom.nets.vit import ViT
 
 NAMES = (
     "mlp", "mlp-256x256", "convnet", "convnet-w16", "convnet-avg-16x32x64", "resnet8", "resnet20", "resnet32", "preact-resnet18",
-    "vit-p2-w32-d3",
+    "residual-mlp-w128-d6", "vit-p2-w32-d3",
 )  # fmt: skip
 """Examples; any widths, and any resnet of 6n+2 layers, can be built."""
 
@@ -30,9 +31,8 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
 
     `mlp-AxB` has hidden layers of A and B units (`mlp`: 256x256), `convnet-wN` stages of N, 2N and 4N channels (`convnet`: 16),
     `convnet-avg-AxBxC` stages of A, B and C channels with average-pooling, `resnetD` D = 6n+2 layers; `preact-resnet18`;
-    `vit-pP-wW-dD` patches of P pixels, width W and D blocks. Each has `features(images)`, `head` (nn.Linear) and `spec`:
-    `build(**net.spec)` builds its like.
-    UserError for any other name.
+    `residual-mlp-wN-dD` D residual blocks of N units; `vit-pP-wW-dD` patches of P pixels, width W and D blocks. Each has
+    `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like. UserError for any other name.
     """
     if name == "preact-resnet18":
         body, width = preact_resnet18(channels)
@@ -40,6 +40,8 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
         body, width = mlp(channels * size * size, [int(units) for units in (match[1] or "256x256").split("x")])
     elif match := re.fullmatch(r"convnet(?:-w([1-9]\d*))?", name):
         body, width = convnet(channels, int(match[1] or 16))
+    elif match := re.fullmatch(r"residual-mlp-w([1-9]\d*)-d([1-9]\d*)", name):
+        body, width = residual_mlp(channels * size * size, int(match[1]), int(match[2]))
     elif match := re.fullmatch(r"convnet-avg-([1-9]\d*(?:x[1-9]\d*)*)", name):
         widths = [int(units) for units in match[1].split("x")]
         if size % 2 ** len(widths):

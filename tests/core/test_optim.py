@@ -37,6 +37,12 @@ def test_linear() -> None:
     assert rates(4, schedule="linear") == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_schedules_can_end_above_zero(schedule: str) -> None:
+    optimizer = Optimizer(lr=2.0, end=0.5, schedule=schedule)  # type: ignore[arg-type]
+    assert [optimizer.rate(step, 8) for step in (0, 4, 8)] == pytest.approx([2.0, 1.25, 0.5])
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "step"])
 def test_warm_up_rises_linearly_from_zero_to_the_peak_and_the_schedule_takes_what_is_left(schedule: str) -> None:
     found = rates(13, schedule=schedule, warmup=3, drops=())

@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from stillroom.data.batches import Batches
-from stillroom.data.embedded import SHAPES, digits, shapes
+from stillroom.data.embedded import SHAPES, digits, shapes, spiral
 from stillroom.data.images import ImageData, LazySplit, MemorySplit, balanced_rows, statistics
 from stillroom.errors import UserError
 
@@ -144,3 +144,17 @@ def test_moving_keeps_the_task():
     data = digits().to("cpu")
     assert isinstance(data, ImageData)
     assert data.fingerprint() == digits().fingerprint()
+
+
+def test_spiral_arms_turn_with_the_radius():
+    data = spiral(3, count=4000)
+    assert (data.channels, data.size, len(data.train), len(data.test)) == (2, 1, 4000, 1000)
+    assert data.train.labels.bincount().tolist() == pytest.approx([800] * 5, abs=60)
+    points = data.train.images().flatten(1).double() * 2 - 1
+    assert 0 <= float(data.train.images().min()) <= float(data.train.images().max()) <= 1
+    radius = points.norm(dim=1)
+    assert float((radius ** (1 / 0.7)).mean()) == pytest.approx(0.5, abs=0.02)  # radius^(1/0.7) is uniform
+    angle = torch.atan2(points[:, 1], points[:, 0]) - 2 * torch.pi / 5 * data.train.labels - 12 * radius
+    noise = torch.remainder(angle + torch.pi, 2 * torch.pi) - torch.pi
+    assert float(noise.std()) == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(spiral(3, count=4000).train.images(), data.train.images())

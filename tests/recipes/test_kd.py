@@ -87,9 +87,15 @@ def test_without_kd_weight_it_is_plain_training(run: Run) -> None:
 
 
 def test_a_batch_without_labels_has_no_cross_entropy() -> None:
-    values = torch.tensor([1.0, 3.0], requires_grad=True)
-    assert kd.labelled_mean(values, torch.tensor([False, False])) == 0
-    assert kd.labelled_mean(values, torch.tensor([True, False])) == 1
+    logits, label = torch.tensor([[0.3, -1.0], [2.0, 0.5], [0.0, 1.0]], requires_grad=True), torch.tensor([1, -1, -1])
+    none = kd.labelled_cross_entropy(logits, torch.full((3,), -1))
+    none.backward()
+    assert none == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+    torch.testing.assert_close(kd.labelled_cross_entropy(logits, label), -logits[0].log_softmax(-1)[1])
+    every = torch.tensor([0, 1, 1])
+    torch.testing.assert_close(kd.labelled_cross_entropy(logits, every), nn.functional.cross_entropy(logits, every))
 
 
 def test_end_to_end(tmp_path, capsys) -> None:

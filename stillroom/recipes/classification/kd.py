@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stillroom import hub
 from stillroom.claims import Claim
@@ -24,11 +25,11 @@ from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData, Split, join
 from stillroom.data.load import load_images
-from stillroom.losses.divergences import cross_entropy, kl
+from stillroom.losses.divergences import kl
 from stillroom.metrics import present
 from stillroom.optim import Optimizer
 from stillroom.run import Run
-from stillroom.teachers import signals
+from stillroom.teachers import signals, trained
 
 BASELINE = True
 
@@ -106,7 +107,10 @@ def main(
     images: Split = data.train
     signal: signals.Signal | None = None
     if cfg.kd_weight:
-        teacher = run.frozen(find_teacher(cfg, run, data) if teacher is None else teacher)
+        teacher = run.frozen(teacher if teacher is not None else trained.classifier(
+            run, "teacher", cfg.teacher, data, steps=cfg.teacher_steps, optimizer=cfg.teacher_optimizer, batch_size=cfg.batch_size,
+            augment=cfg.augment,
+        ))  # fmt: skip
         present.classifier(run, "teacher", teacher, data.test)
         if cfg.pool == "all" and data.transfer is not None:
             images = join(data.train, data.transfer)
@@ -120,7 +124,7 @@ def main(
         logits = student(image)
         parts = {}
         if cfg.ce_weight:
-            parts["ce"] = cfg.ce_weight * labelled_mean(cross_entropy(logits, label.clamp_min(0)), label >= 0)
+            parts["ce"] = cfg.ce_weight * labelled_cross_entropy(logits, label)
         if signal is not None:
             parts["kd"] = cfg.kd_weight * kl(signal(index, image), logits, cfg.temperature, times_t2=True)
         run.update(optimizer, **parts)
@@ -130,24 +134,6 @@ def main(
     return metrics
 
 
-def find_teacher(cfg: Config, run: Run, data: ImageData) -> nn.Module:
-    """A pretrained teacher as it is, or a small one trained on the labelled images, once for all runs that want the same."""
-    if not cfg.teacher.startswith("small:"):
-        return hub.load_classifier(cfg.teacher, data=data)
-    inputs = (train_teacher, cfg.teacher, cfg.teacher_steps, cfg.teacher_optimizer, cfg.batch_size, cfg.augment, data)
-    with run.stage("teacher", shared=inputs) as stage:
-        return train_teacher(stage, cfg, data)
-
-
-def train_teacher(stage: Run, cfg: Config, data: ImageData) -> nn.Module:
-    net, optimizer = stage.trainable("teacher", hub.load_classifier(cfg.teacher, data=data, fresh=True), cfg.teacher_optimizer)
-    augment, batches = augmenter(cfg.augment, data.size), Batches(data.train, cfg.batch_size, stage.seed)
-    for step in stage.steps(cfg.teacher_steps):
-        _, image, label = stage.shard(batches(step))
-        stage.update(optimizer, ce=cross_entropy(net(augment(image)), label))
-    return stage.unwrap(net)
-
-
-def labelled_mean(values: Tensor, labelled: Tensor) -> Tensor:
-    """Mean over the labelled rows of a batch; zero when it has none."""
-    return (values * labelled).sum() / labelled.sum().clamp_min(1)
+def labelled_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean over the labelled rows of a batch (label -1 is none); zero when it has none."""
+    return F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp_min(1)

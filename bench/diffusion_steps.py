@@ -1,0 +1,159 @@
+"""CPU time of a DMD iteration and of a consistency step: the recipes' own loops against the same mathematics written by hand.
+
+    python bench/diffusion_steps.py [--steps 60] [--rounds 5]
+
+Both use one small U-Net on 8x8 images, the same batch, teacher and optimizer; the rounds alternate, and the ratio of the medians counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from stillroom.diffusion import settings
+from stillroom.diffusion.settings import Setting
+from stillroom.recipes.diffusion import consistency, dmd2
+from stillroom.run import Run
+from stillroom.store import Store
+
+BATCH = 64
+
+
+class Timed(Run):
+    """A long run of which only the first steps are made; it notes their CPU time, without the first five."""
+
+    spent = 0.0
+    wanted = 0
+
+    def steps(self, total: int, name: str = "train") -> Iterator[int]:
+        start = 0.0
+        for step in super().steps(total, name):
+            if step == 5:
+                start = time.process_time()
+            if step == self.wanted:
+                self.spent = (time.process_time() - start) / (self.wanted - 5)
+                return
+            yield step
+
+
+def recipe(main: Callable, cfg: object, setting: Setting, steps: int) -> float:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Timed(f"{folder}/run", store=Store(f"{folder}/store"), plots=False, save_seconds=1e9) as run,
+    ):
+        run.wanted = steps
+        main(cfg, run, setting=setting)
+        return run.spent
+
+
+def timed(step: Callable[[int], None], steps: int) -> float:
+    for i in range(5):
+        step(i)
+    start = time.process_time()
+    for i in range(5, steps):
+        step(i)
+    return (time.process_time() - start) / (steps - 5)
+
+
+def x0_of(net: nn.Module, y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return y - t[:, None, None, None] * net(y, t)
+
+
+def dmd_by_hand(setting: Setting, steps: int) -> float:
+    teacher, net = setting.teacher, setting.small(1).net
+    generator, fake = copy.deepcopy(net), copy.deepcopy(net)
+    g_adam = torch.optim.AdamW(generator.parameters(), 5e-4, (0.0, 0.999), weight_decay=0, fused=True)
+    f_adam = torch.optim.AdamW(fake.parameters(), 1e-3, (0.0, 0.999), weight_decay=0, fused=True)
+
+    def step(i: int) -> None:
+        z, one = torch.randn(BATCH, 1, 8, 8), torch.ones(BATCH)
+        turn = i % 5 == 0
+        with torch.set_grad_enabled(turn):
+            x = x0_of(generator, z, one)
+        if turn:
+            t = 0.02 + 0.96 * torch.rand(BATCH)
+            wide = t[:, None, None, None]
+            with torch.no_grad():
+                y = (1 - wide) * x + wide * torch.randn_like(x)
+                real, said = teacher(y, t).x0, x0_of(fake, y, t)
+                gradient = torch.nan_to_num((said - real) / (x - real).abs().mean((1, 2, 3), keepdim=True))
+            loss = 0.5 * ((x - (x - gradient).detach()) ** 2).mean()
+            loss.item()  # a loop that checks its losses, as the recipe does
+            loss.backward()
+            g_adam.step()
+            g_adam.zero_grad()
+        x = x.detach()
+        t = 0.02 + 0.96 * torch.rand(BATCH)
+        wide, eps = t[:, None, None, None], torch.randn_like(x)
+        loss = ((fake((1 - wide) * x + wide * eps, t) - (eps - x)) ** 2).mean()
+        loss.item()
+        loss.backward()
+        f_adam.step()
+        f_adam.zero_grad()
+
+    return timed(step, steps)
+
+
+def consistency_by_hand(setting: Setting, steps: int) -> float:
+    teacher, student = setting.teacher, setting.small(1).net
+    ema = copy.deepcopy(student).requires_grad_(False)
+    adam = torch.optim.Adam(student.parameters(), 1e-3, fused=True)
+    times, c = torch.linspace(1, 0, 41), 0.00054 * 8
+    mine, theirs = [p.detach() for p in ema.parameters()], [p.detach() for p in student.parameters()]
+    assert setting.truth is not None
+    truth = setting.truth
+
+    def step(i: int) -> None:
+        data, n = truth(BATCH, None), torch.randint(40, (BATCH,))
+        t, s = times[n], times[n + 1]
+        wide = t[:, None, None, None]
+        x = (1 - wide) * data + wide * torch.randn_like(data)
+        with torch.no_grad():
+            x0, eps = teacher(x, t)
+            lower = (1 - s[:, None, None, None]) * x0 + s[:, None, None, None] * eps
+            goal = x0_of(ema, lower, s)
+        said = x0_of(student, x, t)
+        loss = (((said - goal).flatten(1) ** 2).sum(1) + c * c).sqrt().mean() - c
+        loss.item()
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        torch._foreach_lerp_(mine, theirs, 0.05)
+
+    return timed(step, steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    full = settings.load("digits")
+    setting = replace(full, student=lambda run: full.small(1), evaluate=lambda run, x, real: {})
+    dmd = dmd2.Config(updates=10_000, fake_updates=5, batch=BATCH, gan_weight=0.0, evaluate=1)
+    cd = consistency.Config(updates=10_000, batch=BATCH, evaluate=1)
+    cases = {
+        "DMD iteration (5 fake : 1 generator)": (
+            lambda: recipe(dmd2.main, dmd, setting, args.steps),
+            lambda: dmd_by_hand(setting, args.steps),
+        ),
+        "consistency step": (lambda: recipe(consistency.main, cd, setting, args.steps), lambda: consistency_by_hand(setting, args.steps)),
+    }
+    print(f"{'':40}{'recipe':>10}{'by hand':>10}{'ratio':>8}   (CPU ms, median of {args.rounds} alternating rounds)")
+    for name, (ours, hand) in cases.items():
+        pairs = [(ours(), hand()) for _ in range(args.rounds)]
+        a, b = (statistics.median(side) * 1e3 for side in zip(*pairs, strict=True))
+        print(f"{name:40}{a:10.2f}{b:10.2f}{a / b:8.3f}")
+
+
+if __name__ == "__main__":
+    main()

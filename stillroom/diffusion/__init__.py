@@ -1,0 +1,1 @@
+"""Noise processes, denoisers, samplers and the pieces that every diffusion recipe calls."""

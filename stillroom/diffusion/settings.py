@@ -1,0 +1,244 @@
+"""What a few-step recipe is run on, by name: an exact teacher with its yardsticks, or a diffusers pipeline.
+
+    setting = load("ring")                          # 2-D, exact
+    setting = load("diffusers:FOLDER", prompts)     # a pipeline on disk
+
+Recipes are the same code for all of them: a frozen teacher `(x, t, cond, process) -> Prediction`, a shape, conditions to draw, a network
+to start students from, and a way to judge and to show samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stillroom.diffusion.denoiser import Denoiser, Guided, take
+from stillroom.diffusion.exact import Mixture, four_classes, grid, ring
+from stillroom.diffusion.objectives import denoise
+from stillroom.diffusion.processes import VP, Flow, Process
+from stillroom.diffusion.sampling import sample
+from stillroom.errors import UserError
+from stillroom.metrics.generation import coverage, energy_distance, frechet, mmd, modes
+from stillroom.nets.denoisers import PointNet, UNet
+from stillroom.optim import Optimizer
+from stillroom.run import Run
+
+
+@dataclass
+class Setting:
+    """A teacher and everything that goes with it."""
+
+    name: str
+    teacher: nn.Module
+    process: Process
+    shape: tuple[int, ...]
+    student: Callable[[Run], Denoiser]
+    """A trainable network that starts where the teacher is."""
+    small: Callable[[int], Denoiser]
+    """A fresh network, smaller than the student by the given factor."""
+    evaluate: Callable[[Run, Tensor, Tensor], dict[str, float]]
+    """(run, samples, reference samples) -> metrics."""
+    show: Callable[[Run, str, Mapping[str, Tensor]], None]
+    """Put named samples into the report."""
+    truth: Callable[[int, Any], Tensor] | None = None
+    """(n, conditions) -> real data, where there are any."""
+    condition: Callable[[int], Any] = lambda n: None
+    """Conditions for n samples, drawn from torch's generator."""
+    null: Any = None
+    pipeline: Any = None
+    """The diffusers pipeline behind the teacher, for saving students."""
+
+    def guided(self, weight: float) -> nn.Module:
+        """The teacher under classifier-free guidance; 1 is the plain teacher. UserError where there is nothing to guide by."""
+        if weight == 1:
+            return self.teacher
+        if self.null is None:
+            raise UserError(f"--guidance {weight:g}: the teacher {self.name} takes no conditions, so there is nothing to guide; use 1.")
+        return Guided(self.teacher, weight, self.null)
+
+    def noise(self, n: int, device: torch.device | None = None) -> Tensor:
+        return torch.randn(n, *self.shape, device=device)
+
+    def save(self, net: nn.Module, folder: Path, times: Sequence[float], fresh_noise: bool) -> None:
+        """A student for plain diffusers (see `Pipeline.save`), or the tensors of an embedded teacher's student."""
+        if self.pipeline:
+            self.pipeline.save(folder, net, times, fresh_noise)
+        else:
+            save_file(net.state_dict(), folder / "model.safetensors")
+
+    def reference(self, n: int, guidance: float, steps: int, device: torch.device | None = None) -> tuple[Tensor, Any]:
+        """n samples to compare with, and their conditions: real data if there are any, else the teacher's own at `steps` steps."""
+        cond = placed(self.condition(n), device)
+        if self.truth is not None:
+            return self.truth(n, cond), cond
+        start = self.process.start(self.noise(n, device))
+        return sample(self.guided(guidance), start, self.process.grid(steps), cond, process=self.process), cond
+
+
+def placed(cond: Any, device: torch.device | None) -> Any:
+    """A condition on a device; a plain label stays as it is."""
+    if isinstance(cond, dict):
+        return {name: placed(value, device) for name, value in cond.items()}
+    return cond.to(device) if isinstance(cond, Tensor) else cond
+
+
+# -- exact teachers ----------------------------------------------------------------------------------------------------------------
+def pretrained(run: Run, name: str, small: Callable[[int], Denoiser], teacher: Mixture, batch: int = 256, classes: int = 0) -> Denoiser:
+    """A network trained on the mixture's own data: what "initialised from the teacher" means for an exact teacher.
+
+    With classes it learns conditions too, 15 % of them dropped to -1.
+    """
+    optimizer, steps = Optimizer(lr=2e-3, schedule="cosine"), 1500
+    with run.stage(f"init-{name}", shared=(pretrained, name, teacher, optimizer, steps, batch, classes)) as stage:
+        net, adam = stage.trainable("net", small(1), optimizer)
+        plain = stage.unwrap(net)
+        process, kind = plain.process, plain.prediction
+        for _ in stage.steps(steps):
+            label = torch.randint(classes, (batch,), device=stage.device) if classes else None
+            x0, label = stage.shard((teacher.sample(batch, label), label))
+            if label is not None:
+                label = torch.where(torch.rand(len(label), device=label.device) < 0.15, -1, label)
+            eps, t = torch.randn_like(x0), process.uniform(len(x0), device=x0.device)
+            stage.update(adam, denoise(net(process.mix(x0, eps, t), t, label), x0, eps, t, process, kind))
+        return stage.unwrap(net)
+
+
+def points(name: str, teacher: Mixture, classes: int = 0) -> Setting:
+    """A 2-D mixture; with classes, a conditional one whose networks predict eps in the discrete VP process."""
+    small = lambda factor: (
+        Denoiser(PointNet(2, 64 // factor, 3, classes), VP(time_scale=1e-3), "eps")
+        if classes
+        else Denoiser(PointNet(2, 64 // factor, 3), Flow(), "velocity")
+    )
+
+    def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
+        return {"mmd": mmd(x, reference), "energy": energy_distance(x, reference)} | modes(x, teacher.centres, 4 * teacher.std)
+
+    def show(run: Run, name: str, sets: Mapping[str, Tensor]) -> None:
+        def draw(axes: Any) -> None:
+            for label, x in sets.items():
+                axes.scatter(*x[:600].detach().cpu().T, s=3, alpha=0.5, label=label)
+            axes.set_aspect("equal")
+            axes.legend(markerscale=3, loc="upper right")
+
+        run.figure(name, draw)
+
+    return Setting(
+        name,
+        teacher,
+        teacher.process,
+        (2,),
+        lambda run: pretrained(run, name, small, teacher, classes=classes),
+        small,
+        evaluate,
+        show,
+        truth=teacher.sample,
+        condition=lambda n: torch.randint(classes, (n,)) if classes else None,
+        null=-1 if classes else None,
+    )
+
+
+def digit_mixture(mirrored: bool = True, std: float = 0.25, count: int = 400) -> Mixture:
+    """8x8 digits in [-1, 1] blurred by a Gaussian: an exact teacher of images; mirrored, it commutes exactly with a left-right flip."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images[:count], dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(digits.target[:count])
+    if mirrored:
+        images, labels = torch.cat([images, images.flip(-1)]), torch.cat([labels, labels])
+    return Mixture(images, std, labels=labels)
+
+
+def classifier() -> nn.Sequential:
+    """Ten (mirrored) digits; the layer before the last gives 32 features."""
+    conv = lambda a, b: [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*conv(1, 16), *conv(16, 32), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def digit_features(run: Run, teacher: Mixture) -> nn.Module:
+    """Features of a classifier trained on the mixture's data, kept in the store, for Frechet and neighbour statistics."""
+    optimizer = Optimizer(lr=3e-3, schedule="cosine")
+    with run.stage("digit-classifier", shared=(digit_features, teacher, optimizer)) as stage:
+        net, adam = stage.trainable("net", classifier(), optimizer)
+        for _ in stage.steps(300):
+            label = torch.randint(10, (128,))
+            stage.update(adam, nn.functional.cross_entropy(net(teacher.sample(128, label)), label, reduction="none"))
+        return stage.frozen(copy.deepcopy(stage.unwrap(net))[:-1])
+
+
+def digits(name: str, teacher: Mixture) -> Setting:
+    """Images [1, 8, 8] in [-1, 1]."""
+    small = lambda factor: Denoiser(UNet(1, 16 // factor), Flow(), "velocity")
+
+    def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
+        features = digit_features(run, teacher)
+        with torch.no_grad():
+            ours, theirs = features(x), features(reference)
+        return {"frechet": frechet(ours, theirs)} | coverage(theirs[:1000], ours[:1000])
+
+    def show(run: Run, name: str, sets: Mapping[str, Tensor]) -> None:
+        for label, x in sets.items():
+            run.image(f"{name} {label}", (x[:32] + 1) / 2, columns=16)
+
+    def student(run: Run) -> Denoiser:
+        return pretrained(run, name, small, teacher, batch=64)
+
+    return Setting(name, teacher, teacher.process, (1, 8, 8), student, small, evaluate, show, truth=teacher.sample)
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------------------
+def load(name: str, prompts: str = "", size: int = 0) -> Setting:
+    """The setting called `name`. UserError for an unknown name, and what `pipelines.load` raises for a diffusers folder."""
+    match name:
+        case "ring":
+            return points(name, ring())
+        case "grid":
+            return points(name, grid())
+        case "classes":
+            return points(name, four_classes(), classes=4)
+        case "digits":
+            return digits(name, digit_mixture())
+    if name.startswith("diffusers:"):
+        return pipeline(name.removeprefix("diffusers:"), prompts, size)
+    raise UserError(f"--teacher {name!r} is none of ring, grid, classes, digits, diffusers:FOLDER-OR-ID.", code=2)
+
+
+def pipeline(where: str, prompts: str, size: int) -> Setting:
+    """A diffusers pipeline; students start as copies of its network and work in its latent space."""
+    from stillroom.diffusion import pipelines
+
+    pipe = pipelines.load(where, size)
+    lines = pipelines.read_prompts(prompts) if pipe.encoders else [""]
+    encoded = pipe.encode(lines)
+
+    def condition(n: int) -> Any:
+        return take(encoded, torch.randint(len(lines), (n,)))
+
+    def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
+        return {"energy": energy_distance(x, reference)}
+
+    def show(run: Run, name: str, sets: Mapping[str, Tensor]) -> None:
+        for label, x in sets.items():
+            run.image(f"{name} {label}", pipe.decode(x[:8]), columns=8)
+
+    return Setting(
+        Path(where).name,
+        pipe.denoiser,
+        pipe.denoiser.process,
+        pipe.shape,
+        lambda run: pipe.student(),
+        pipe.smaller,
+        evaluate,
+        show,
+        condition=condition,
+        null=pipe.null,
+        pipeline=pipe,
+    )

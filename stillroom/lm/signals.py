@@ -1,0 +1,123 @@
+"""What a language teacher says about N positions: dense logits, states with a head, top-k with the leftover mass, or samples.
+
+Every signal slices by rows and answers `divergence(student_logits, kind, temperature)` with one value per row, so that the
+chunked loss needs to know none of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stillroom.errors import UserError
+from stillroom.losses.tokens import Divergence, divergence, tempered
+
+Temperature = float | Tensor
+
+
+class Signal(Protocol):
+    """One teacher's word on N positions."""
+
+    def __getitem__(self, rows: slice | Tensor) -> Signal: ...
+
+    def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
+        """One value per row for student logits (n, V)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Teacher logits (N, V). Words beyond the shorter vocabulary are padding of the embedding matrix: `same_vocabulary` drops them."""
+
+    logits: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> Dense:
+        return Dense(self.logits[rows])
+
+    def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
+        teacher, student = same_vocabulary(self.logits, student)
+        return divergence(teacher, student, kind, temperature)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Teacher states (N, d) and its output head (V, d): exact logits, made only for the rows in hand."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __getitem__(self, rows: slice | Tensor) -> Head:
+        return Head(self.hidden[rows], self.weight, self.bias)
+
+    def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
+        with torch.no_grad():
+            logits = torch.nn.functional.linear(self.hidden.to(self.weight), self.weight, self.bias)
+        return Dense(logits).divergence(student, kind, temperature)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Ids (N, k) and log-probabilities (N, k) of the k likeliest words, and the log of the leftover mass (N,), at `temperature`.
+
+    The leftover is one more word on both sides: a lower bound of the full divergence, zero when head and leftover match. Dropping or
+    renormalising it instead makes the student over-confident by 1 / (head mass).
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+    temperature: float = 1.0
+
+    def __getitem__(self, rows: slice | Tensor) -> TopK:
+        return TopK(self.ids[rows], self.log_probs[rows], self.log_tail[rows], self.temperature)
+
+    def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
+        _same_temperature(temperature, self.temperature)
+        head = tempered(student, temperature).log_softmax(-1).gather(-1, self.ids.long())
+        student = torch.cat([head, log_leftover(head).unsqueeze(-1)], -1)
+        return divergence(torch.cat([self.log_probs, self.log_tail.unsqueeze(-1)], -1).to(head), student, kind)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Words (N, n) drawn from the teacher with weights (N, n) = p / (n * proposal): an unbiased cross-entropy gradient.
+
+    Its value is the cross-entropy -sum w log q, forward KL up to the teacher's unknown entropy; no other divergence can be had.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    temperature: float = 1.0
+
+    def __getitem__(self, rows: slice | Tensor) -> Sampled:
+        return Sampled(self.ids[rows], self.weights[rows], self.temperature)
+
+    def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
+        if kind != "forward_kl":
+            raise UserError("A sampled teacher gives forward_kl only: capture a top-k or full cache for that.")
+        _same_temperature(temperature, self.temperature)
+        log_q = tempered(student, temperature).log_softmax(-1).gather(-1, self.ids.long())
+        return -(self.weights.to(log_q) * log_q).sum(-1)
+
+
+def log_leftover(head: Tensor) -> Tensor:
+    """log(1 - sum exp head) over the last dimension, finite also where the head holds all the mass."""
+    return torch.log(-torch.expm1(head.logsumexp(-1).clamp(max=-torch.finfo(head.dtype).eps)))
+
+
+def same_vocabulary(a: Tensor, b: Tensor, vocabulary: int | None = None) -> tuple[Tensor, Tensor]:
+    """Both logits cut to the true vocabulary (default: the smaller width), for models of one tokenizer with padded embeddings."""
+    width = min(a.shape[-1], b.shape[-1], vocabulary or a.shape[-1])
+    return a[..., :width], b[..., :width]
+
+
+def _same_temperature(asked: Temperature, stored: float) -> None:
+    if isinstance(asked, Tensor) or asked != stored:
+        raise UserError(
+            f"The teacher's signal was stored at temperature {stored:g} and cannot be read at another one (the loss asks for "
+            f"{'one per row' if isinstance(asked, Tensor) else format(asked, 'g')}): capture it again at that temperature."
+        )

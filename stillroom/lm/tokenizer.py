@@ -1,0 +1,92 @@
+"""A character tokenizer for the small decoders, and one fingerprint for any tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from stillroom.errors import UserError
+
+END = "<|end|>"
+"""Ends a turn, and a generation."""
+
+
+class Characters:
+    """One id per character, plus whole symbols such as the role marks; answers to the names of transformers' tokenizers.
+
+    A conversation is rendered as <|role|>text<|end|> per message.
+    """
+
+    def __init__(self, alphabet: str, symbols: Iterable[str] = ("<|system|>", "<|user|>", "<|assistant|>")):
+        self._set(["<|pad|>", END, *symbols, *sorted(set(alphabet))])
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> Characters:
+        """With exactly these words, as saved."""
+        made = cls("")
+        made._set(list(words))
+        return made
+
+    def _set(self, words: list[str]) -> None:
+        self.words = words
+        self.ids = {word: i for i, word in enumerate(self.words)}
+        special = sorted((w for w in self.words if len(w) > 1), key=len, reverse=True)
+        self._split = re.compile("|".join(map(re.escape, special)) + "|.", re.DOTALL)
+        self.pad_token_id, self.eos_token_id = 0, 1
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of `text`. UserError for a character outside the alphabet."""
+        try:
+            return [self.ids[word] for word in self._split.findall(text)]
+        except KeyError as unknown:
+            raise UserError(f"The character {unknown} is not in this tokenizer's alphabet of {len(self.words)} words.") from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return "".join(w for w in (self.words[i] for i in ids) if not (skip_special_tokens and len(w) > 1))
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) of every token in `text`."""
+        return [match.span() for match in self._split.finditer(text)]
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], *, tokenize: bool = False, add_generation_prompt: bool = False, **_: Any
+    ) -> str:
+        text = "".join(f"<|{m['role']}|>{m['content']}{END}" for m in messages)
+        return text + "<|assistant|>" * add_generation_prompt
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A hash of what turns text into ids: the same for the same vocabulary and rules, whatever the folder they were loaded from."""
+    if isinstance(tokenizer, Characters):
+        rules = json.dumps(tokenizer.words)
+    elif getattr(tokenizer, "backend_tokenizer", None) is not None:
+        rules = tokenizer.backend_tokenizer.to_str()
+    else:
+        rules = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(rules.encode()).hexdigest()[:16]
+
+
+def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and character spans of an already rendered text, without adding special tokens."""
+    if isinstance(tokenizer, Characters):
+        return tokenizer.encode(text), tokenizer.offsets(text)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{type(tokenizer).__name__} gives no character offsets: load the fast tokenizer of this model.")
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(out["input_ids"]), [tuple(span) for span in out["offset_mapping"]]
+
+
+class Known:
+    """A tokenizer that the store can tell from others (see `stillroom.store.fingerprint`)."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.tokenizer)

@@ -1,0 +1,1 @@
+"""Few-step generators and other diffusion students."""

@@ -1,0 +1,1 @@
+from tests.lm.conftest import model, tokenizer  # noqa: F401
