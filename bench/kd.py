@@ -36,7 +36,8 @@ CONTENDERS: dict[str, tuple[str, dict[str, str]]] = {
     "KD_Lib VanillaKD, loss_fn=KL": ("kd_lib", {"loss": "kl"}),
     "transformers Trainer": ("trainer", {}),
 }
-PEERS = list(CONTENDERS)[7:]
+PEERS = ["torchdistill DistillationBox", "ModelOpt mtd.convert", "KD_Lib VanillaKD, loss_fn=KL", "transformers Trainer"]
+"""Those that do the same work; KD_Lib's own loss is another one."""
 
 
 class Contender:
