@@ -2,7 +2,8 @@
 
     python bench/diffusion_steps.py [--steps 60] [--rounds 5]
 
-Both use one small U-Net on 8x8 images, the same batch, teacher and optimizer; the rounds alternate, and the ratio of the medians counts.
+Both use one small U-Net on 8x8 images, the same batch, teacher and optimizer, and alternate. A step's time is the lower quartile over all
+rounds (of steps at the same place in the cycle of five), which other processes on the machine disturb least.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -28,46 +30,49 @@ BATCH = 64
 
 
 class Timed(Run):
-    """A long run of which only the first steps are made; it notes their CPU time, without the first five."""
+    """A long run of which only the first steps are made; it notes when each began, in CPU time."""
 
-    spent = 0.0
+    begun: list[float]
     wanted = 0
 
     def steps(self, total: int, name: str = "train") -> Iterator[int]:
-        start = 0.0
+        self.begun = []
         for step in super().steps(total, name):
-            if step == 5:
-                start = time.process_time()
+            self.begun.append(time.process_time())
             if step == self.wanted:
-                self.spent = (time.process_time() - start) / (self.wanted - 5)
                 return
             yield step
 
 
-def recipe(main: Callable, cfg: object, setting: Setting, steps: int) -> float:
+def recipe(main: Callable, cfg: object, setting: Setting, steps: int) -> list[float]:
     with (
         tempfile.TemporaryDirectory() as folder,
         Timed(f"{folder}/run", store=Store(f"{folder}/store"), plots=False, save_seconds=1e9) as run,
     ):
         run.wanted = steps
         main(cfg, run, setting=setting)
-        return run.spent
+        return [after - before for before, after in pairwise(run.begun)]
 
 
-def timed(step: Callable[[int], None], steps: int) -> float:
-    for i in range(5):
+def timed(step: Callable[[int], None], steps: int) -> list[float]:
+    begun = [time.process_time()]
+    for i in range(steps):
         step(i)
-    start = time.process_time()
-    for i in range(5, steps):
-        step(i)
-    return (time.process_time() - start) / (steps - 5)
+        begun.append(time.process_time())
+    return [after - before for before, after in pairwise(begun)]
+
+
+def quartile(rounds: list[list[float]]) -> float:
+    """Mean over the places of the cycle of the lower quartile, in ms; the first cycle warms up."""
+    places = [[t for times in rounds for t in times[5 + place :: 5]] for place in range(5)]
+    return statistics.fmean(statistics.quantiles(times, n=4)[0] for times in places) * 1e3
 
 
 def x0_of(net: nn.Module, y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return y - t[:, None, None, None] * net(y, t)
 
 
-def dmd_by_hand(setting: Setting, steps: int) -> float:
+def dmd_by_hand(setting: Setting, steps: int) -> list[float]:
     teacher, net = setting.teacher, setting.small(1).net
     generator, fake = copy.deepcopy(net), copy.deepcopy(net)
     g_adam = torch.optim.AdamW(generator.parameters(), 5e-4, (0.0, 0.999), weight_decay=0, fused=True)
@@ -102,7 +107,7 @@ def dmd_by_hand(setting: Setting, steps: int) -> float:
     return timed(step, steps)
 
 
-def consistency_by_hand(setting: Setting, steps: int) -> float:
+def consistency_by_hand(setting: Setting, steps: int) -> list[float]:
     teacher, student = setting.teacher, setting.small(1).net
     ema = copy.deepcopy(student).requires_grad_(False)
     adam = torch.optim.Adam(student.parameters(), 1e-3, fused=True)
@@ -148,10 +153,10 @@ def main() -> None:
         ),
         "consistency step": (lambda: recipe(consistency.main, cd, setting, args.steps), lambda: consistency_by_hand(setting, args.steps)),
     }
-    print(f"{'':40}{'recipe':>10}{'by hand':>10}{'ratio':>8}   (CPU ms, median of {args.rounds} alternating rounds)")
+    print(f"{'':40}{'recipe':>10}{'by hand':>10}{'ratio':>8}   (CPU ms per step, {args.rounds} alternating rounds)")
     for name, (ours, hand) in cases.items():
         pairs = [(ours(), hand()) for _ in range(args.rounds)]
-        a, b = (statistics.median(side) * 1e3 for side in zip(*pairs, strict=True))
+        a, b = (quartile(list(side)) for side in zip(*pairs, strict=True))
         print(f"{name:40}{a:10.2f}{b:10.2f}{a / b:8.3f}")
 
 

@@ -107,8 +107,13 @@ class Local:
 
     # -- state, the same on disk for every engine
     def state(self, net: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        """Of a role (with its optimizer), without what it holds frozen: the base under its adapters is not written again and again."""
         net = self.module(net)
-        tensors = dict(enumerate(parameters(net))) if is_bare(net) else net.state_dict()
+        if is_bare(net):
+            tensors: dict[Any, torch.Tensor] = dict(enumerate(parameters(net)))
+        else:
+            still = {name for name, p in net.named_parameters() if not p.requires_grad} if optimizer else set()
+            tensors = {name: value for name, value in net.state_dict().items() if name not in still}
         return {"net": tensors} | ({"optimizer": optimizer.state_dict()} if optimizer else {})
 
     def load(self, net: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
@@ -118,7 +123,10 @@ class Local:
                 for i, parameter in enumerate(parameters(net)):
                     parameter.copy_(state["net"][i])
         else:
-            net.load_state_dict(state["net"])
+            still = {name for name, p in net.named_parameters() if not p.requires_grad}
+            missing, unknown = net.load_state_dict(state["net"], strict=False)
+            if unknown or set(missing) - (still if optimizer else set()):
+                raise RuntimeError(f"the saved network differs: {[*missing, *unknown][:3]}")
         if optimizer:
             optimizer.load_state_dict(state["optimizer"])
 

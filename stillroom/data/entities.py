@@ -70,7 +70,7 @@ class Question:
         ]
 
 
-def make_world(seed: int, size: int = 2000) -> World:
+def make_world(seed: int, size: int = 600) -> World:
     """The world of this seed: `size` entities of two syllables."""
     draw = random.Random(seed)
     names = draw.sample([a + b for a in SYLLABLES for b in SYLLABLES], size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -209,10 +210,13 @@ def test_two_jobs_give_what_one_gives(hello: Path) -> None:
     assert comparable(two) == comparable(one)
 
 
-def test_ray(hello: Path) -> None:
-    pytest.importorskip("ray")
+def test_ray(hello: Path, monkeypatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hello / "site"), os.environ.get("PYTHONPATH", "")]))  # its workers' path
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     one = verify("hello", seeds=2, folder=hello / "one")
     assert comparable(verify("hello", seeds=2, jobs=2, backend="ray")) == comparable(one)
+    ray.shutdown()
 
 
 @pytest.mark.parametrize("backend", ["ray", "dask"])

@@ -363,3 +363,24 @@ def test_bf16_trains_with_fp32_weights_and_resumes_bitwise(tmp_path: Path) -> No
     assert straight
     assert resumed
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+
+
+def test_a_frozen_base_is_not_in_the_checkpoints_and_resumes(tmp_path) -> None:
+    def adapted() -> torch.nn.Module:
+        net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
+        net[0].requires_grad_(False)
+        return net
+
+    def train(folder, steps: int):
+        with Run(folder, 0, plots=False, save_seconds=0.0) as run:
+            net, optimizer = run.trainable("adapter", adapted(), Optimizer("adamw", 1e-2))
+            for step in run.steps(6):
+                if step == steps:
+                    break
+                run.update(optimizer, net(torch.randn(8, 64)).square().mean(1))
+        return net
+
+    train(tmp_path / "a", 3)
+    saved = torch.load(tmp_path / "a" / "train.pt", weights_only=True)["roles"]["adapter"]["net"]
+    assert set(saved) == {"1.weight", "1.bias"}
+    assert all(torch.equal(a, b) for a, b in zip(train(tmp_path / "a", 9).parameters(), train(tmp_path / "b", 9).parameters(), strict=True))

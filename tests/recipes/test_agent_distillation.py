@@ -26,7 +26,7 @@ def _isolated():
         pytest.skip(str(wrong))
 
 
-@pytest.mark.parametrize("arm", ["cot", "agent", "cot+facts", "observations trained", "early, self-consistent"])
+@pytest.mark.parametrize("arm", ["cot", "agent", "cot+facts", "early, observations trained", "early, self-consistent"])
 def test_arms_end_to_end(tmp_path, arm):
     config = catalogue.config_of(recipe, arm, recipe.Config(trajectories=20, tests=4, width=16, batch_size=4))
     with Run(tmp_path, 0, store=Store(tmp_path / "store")) as run:

@@ -64,7 +64,7 @@ class Config:
     """Questions of each test set."""
     width: Count = 64
     layers: Count = 2
-    steps: Count = 300
+    steps: Count = 400
     batch_size: Count = 32
     optimizer: Optimizer = Optimizer("adamw", 3e-3, weight_decay=0.01, schedule="linear", warmup=30, clip=1.0)
     questions: str = ""
@@ -89,14 +89,14 @@ def full() -> Config:
     )  # fmt: skip
 
 
-EARLY = {"steps": 130}
+EARLY = {"steps": 200}
 ARMS = {
     "cot": {"student_learns": "cot"},
     "agent": {},
     "cot+facts": {"student_learns": "cot+facts"},
-    "observations trained": {"train_observations": True},
     "early": EARLY,
     "early, self-consistent": {**EARLY, "samples": 8},
+    "early, observations trained": {**EARLY, "train_observations": True},
 }
 CLAIMS = [
     Claim("an agent's student answers about entities it never saw", "ood", "agent", "cot", margin=0.3, paper="7B: 39.9 against 33.5"),
@@ -106,7 +106,7 @@ CLAIMS = [
         "failed_actions", "early, self-consistent", "early", "lower", paper="parse errors of the 0.5B about halved",
     ),
     Claim("and raise its accuracy", "accuracy", "early, self-consistent", "early", paper="1.5B: 28.1 to 30.3"),
-    Claim("with observations masked the student does not invent them", "invented", "agent", "observations trained", "lower", 0.3),
+    Claim("with observations masked the student does not invent them", "invented", "early", "early, observations trained", "lower", 0.3),
 ]  # fmt: skip
 
 SYSTEM = (
