@@ -96,6 +96,9 @@ class Local:
     def barrier(self) -> None:
         pass
 
+    def close(self) -> None:
+        """Leave the group of processes, at the end of a program: threads of a group left open abort the interpreter's exit."""
+
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """The block runs on rank 0, then on the others."""
@@ -151,6 +154,11 @@ class _Distributed(Local):
 
     def barrier(self) -> None:
         torch.distributed.barrier()
+
+    def close(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
 
 class Ddp(_Distributed):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from stillroom.engine import make
+from stillroom.engine import Local, make
 from stillroom.run import Run
 from stillroom.store import Store
 from tests.loops import ADAM, mlp, rows, three_optimizers
@@ -25,7 +25,7 @@ def one_role(run: Run, steps: int):
     return run.roles["student"].net, ema.net
 
 
-def run_shape(shape: str, engine: str, folder: Path) -> None:
+def run_shape(shape: str, engine: str, folder: Path) -> Local:
     accumulate = 2 if shape.endswith("accumulated") else 1
     run = Run(folder / shape, 3, engine=make(engine, "cpu"), store=Store(folder / "store"), accumulate=accumulate)  # type: ignore[arg-type]
     if shape.startswith("one_role"):
@@ -46,12 +46,14 @@ def run_shape(shape: str, engine: str, folder: Path) -> None:
         torch.save([t.detach().clone() for state in states for t in state.values()], folder / f"{shape}.pt")
     run.engine.barrier()
     run.close()
+    return run.engine
 
 
 def main(engine: str, folder: str, *shapes: str) -> None:
     torch.set_num_threads(1)
     for shape in shapes:
-        run_shape(shape, engine, Path(folder))
+        last = run_shape(shape, engine, Path(folder))
+    last.close()
 
 
 if __name__ == "__main__":
