@@ -49,7 +49,7 @@ class Contender:
             self.missing = "not installed: python bench/install_peers.py"
             return
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process it records
         self.process = subprocess.Popen(
             [python, "-m", f"bench.peers.{module}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             env=environment, cwd=ROOT,

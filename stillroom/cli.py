@@ -140,7 +140,7 @@ def run_recipe(name: str, args: list[str]) -> None:
     recipe = catalogue.load(name)
     preset = recipe.full() if "--full" in args else recipe.Config()
     flat = tyro.conf.arg(name="")  # no prefix for these two levels; nested ones keep theirs (--optimizer.lr)
-    fields: list[Any] = [("options", Annotated[RunOptions, flat]), ("config", Annotated[recipe.Config, flat])]  # type: ignore
+    fields: list[Any] = [("options", Annotated[RunOptions, flat]), ("config", Annotated[recipe.Config, flat])]  # type: ignore  # a class known at run time
     kind: Any = dataclasses.make_dataclass("Flags", fields, namespace={"__doc__": recipe.__doc__})
     flags = tyro.cli(kind, args=args, default=kind(RunOptions(), preset), prog=f"stillroom run {name}")
     from stillroom.config import check
@@ -180,7 +180,7 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
         torch.backends.cudnn.benchmark = False
     method, versus = _method(recipe)
     method = options.arm or method
-    plain = (config, options.seed, method) == (recipe.Config(), 0, options.arm or method) and options.arm is None
+    plain = options.arm is None and (config, options.seed) == (recipe.Config(), 0)
     suffix = "" if plain else f"-{fingerprint(config, options.seed, method)[:6]}"
     folder = options.out or Path("runs") / (name + suffix)
     if options.overwrite and folder.exists():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,6 @@ class Trace:
     def messages(self) -> list[dict[str, str]]:
         """In plain chat format."""
         return [{"role": s.role, "content": s.text} for s in self.segments]
-
-    def with_source(self, **more: Any) -> Trace:
-        return replace(self, source=self.source | more)
 
     def line(self) -> str:
         messages = [{"role": s.role, "content": s.text, "trained": s.trained} for s in self.segments]
