@@ -79,24 +79,45 @@ class Denoiser(nn.Module):
             case "v":
                 return a, -s, s, a
             case "velocity":
-                da, ds = self.process.rates(t)
-                det, unit = a * ds - da * s, getattr(self.process, "sigma_data", 1.0)
-                return ds / det, s * (-unit) / det, -da / det, a * unit / det
+                (da, ds), over = self.process.rates(t), 1 / self.process.wronskian
+                unit = over * getattr(self.process, "sigma_data", 1.0)
+                return ds * over, s * -unit, da * -over, a * unit
             case _:
                 rho, sd, over = s / a.clamp_min(TINY), self.sigma_data, 1 / a.clamp_min(TINY)
                 total = rho**2 + sd**2
                 return sd**2 / total * over, rho * sd / total.sqrt(), rho / total * over, -sd / total.sqrt()
+
+    def target(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
+        """What `raw` should answer at mix(x0, eps, t): the regression target of training in the network's own parametrization."""
+        process, t = self.process, as_time(t, x0)
+        match self.prediction:
+            case "x0":
+                return x0
+            case "eps":
+                return eps
+            case "score":
+                return process.score(eps, t)
+            case "v":
+                return process.v(x0, eps, t)
+            case "velocity":
+                return process.velocity(x0, eps, t) / getattr(process, "sigma_data", 1.0)
+            case _:
+                rho, sd = process.rho(t), self.sigma_data
+                root = (rho**2 + sd**2).sqrt()
+                return along(rho / (sd * root), x0) * x0 - along(sd / root, x0) * eps
 
     def read(self, raw: Tensor, x: Tensor, t: Time) -> Prediction:
         """The pair behind a raw output given for (x, t)."""
         p, q, r, s = (along(c, x) for c in torch.stack(self._affine(as_time(t, x))).to(x.dtype))
         return Prediction(torch.addcmul(p * x, q, raw), torch.addcmul(r * x, s, raw))
 
-    def forward(self, x: Tensor, t: Time, cond: Any = None, process: Process | None = None) -> Prediction:
-        """(x0, eps) at x [B, ...] and time t (a number or [B]) of `process`, the denoiser's own if not given."""
+    def forward(self, x: Tensor, t: Time, cond: Any = None, process: Process | None = None, *, read: bool = True) -> Any:
+        """(x0, eps) at x [B, ...] and time t (a number or [B]) of `process`, the denoiser's own if not given; with `read` false the
+        network's own output, for training against `target`."""
         if process is not None and process != self.process:
             x, t = translate(x, t, process, self.process)
-        return self.read(self.raw(x, t, cond), x, t)
+        raw = self.raw(x, t, cond)
+        return self.read(raw, x, t) if read else raw
 
 
 class Guided(nn.Module):

@@ -57,6 +57,8 @@ class Process:
     """The time of the most noise."""
     time_scale: float = 1.0
     """What times are multiplied by for the network."""
+    wronskian: float
+    """alpha sigma' - alpha' sigma, the same number at every time in each process that has a velocity."""
 
     def alpha(self, t: Time) -> Tensor:
         raise NotImplementedError
@@ -151,6 +153,7 @@ class EDM(Process):
     noisy: float = 80.0
     least: float = 0.002
     clean = 0.0
+    wronskian = 1.0
 
     def place(self, share: Time) -> Tensor:
         return self.karras(1 - as_time(share), low=self.least, high=self.noisy)
@@ -261,6 +264,7 @@ class Flow(Process):
 
     time_scale: float = 1.0
     clean = 0.0
+    wronskian = 1.0
     noisy = 1.0
 
     def alpha(self, t: Time) -> Tensor:
@@ -284,6 +288,7 @@ class ReversedFlow(Process):
 
     time_scale: float = 1.0
     clean = 1.0
+    wronskian = -1.0
     noisy = 0.0
 
     def alpha(self, t: Time) -> Tensor:
@@ -308,6 +313,10 @@ class Trig(Process):
     time_scale: float = 1.0
     clean = 0.0
     noisy = math.pi / 2
+
+    @property
+    def wronskian(self) -> float:  # type: ignore[override]
+        return self.sigma_data
 
     def alpha(self, t: Time) -> Tensor:
         return as_time(t).cos()

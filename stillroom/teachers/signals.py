@@ -1,4 +1,4 @@
-"""A teacher's dense logits for the images of a split: looked up where they can be, computed where they must be."""
+"""A teacher's answers for the images of a split: looked up where they can be, computed where they must be."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ def logits(run: Run, teacher: nn.Module, images: Split, *, augmented: bool) -> S
     if augmented:
         return lambda index, image: _answer(teacher, image)
     table = run.cached("teacher-logits", _table, run.unwrap(teacher), images)["logits"]
+    return lambda index, image: table[index]
+
+
+def soft_targets(run: Run, teacher: nn.Module, images: Split, temperature: float, *, augmented: bool) -> Signal:
+    """`signal(index, image)` gives softmax(teacher logits / temperature) (B, C); see `logits`. Looked-up targets are softened once."""
+    if augmented:
+        answer = logits(run, teacher, images, augmented=True)
+        return lambda index, image: (answer(index, image) / temperature).softmax(-1)
+    table = (run.cached("teacher-logits", _table, run.unwrap(teacher), images)["logits"] / temperature).softmax(-1)
     return lambda index, image: table[index]
 
 

@@ -89,6 +89,33 @@ def test_rates_are_derivatives(process: Process) -> None:
 
 
 @each()
+def test_wronskian_is_constant(process: Process) -> None:
+    if not isinstance(process, VP):
+        t = process.time(RHOS)
+        da, ds = process.rates(t)
+        found = process.alpha(t) * ds - da * process.sigma(t)
+        torch.testing.assert_close(found, torch.full_like(found, process.wronskian))
+
+
+@each()
+@pytest.mark.parametrize("kind", ["x0", "eps", "v", "velocity", "score", "edm"])
+def test_training_target_is_the_output_that_reads_as_the_truth(process: Process, kind: str) -> None:
+    """A network that answers `target` at x_t is read as the true pair, in every parametrization."""
+    if isinstance(process, VP) and kind == "velocity":
+        return
+    x0, eps = torch.randn(2, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    t = process.time(torch.tensor([0.05, 0.3, 0.9, 1.5, 2.0, 2.5], dtype=torch.float64))
+    if kind == "v":  # defined for processes of unit norm
+        norm = process.norm(t)
+        if not torch.allclose(norm, torch.ones_like(norm)):
+            return
+    denoiser = Denoiser(torch.nn.Identity(), process, kind)  # type: ignore[arg-type]
+    pair = denoiser.read(denoiser.target(x0, eps, t), process.mix(x0, eps, t), t)
+    torch.testing.assert_close(pair.x0, x0)
+    torch.testing.assert_close(pair.eps, eps)
+
+
+@each()
 def test_kernel_composes_marginals(process: Process) -> None:
     s, t = process.time(0.4), process.time(2.5)
     ratio, spread = process.kernel(s, t)

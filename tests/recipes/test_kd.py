@@ -53,6 +53,10 @@ def test_cached_and_online_teacher_say_the_same(run: Run) -> None:
     batch = data.train.take(torch.tensor([7, 3, 11]))
     cached, online = (signals.logits(run, teacher, data.train, augmented=a)(batch.index, batch.images) for a in (False, True))
     torch.testing.assert_close(cached, online, atol=1e-5, rtol=1e-5)
+    soft = [signals.soft_targets(run, teacher, data.train, 3.0, augmented=a)(batch.index, batch.images) for a in (False, True)]
+    for found in soft:
+        torch.testing.assert_close(found, (online / 3).softmax(1), atol=1e-5, rtol=1e-5)
+        assert not found.requires_grad
     assert not cached.requires_grad
     assert not online.requires_grad
 

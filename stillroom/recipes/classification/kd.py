@@ -25,7 +25,6 @@ from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData, Split, join
 from stillroom.data.load import load_images
-from stillroom.losses.divergences import kl
 from stillroom.metrics import present
 from stillroom.optim import Optimizer
 from stillroom.run import Run
@@ -105,7 +104,7 @@ def main(
     data = data.to(run.device)
     augment = augmenter(cfg.augment, data.size)
     images: Split = data.train
-    signal: signals.Signal | None = None
+    target: signals.Signal | None = None
     if cfg.kd_weight:
         teacher = run.frozen(teacher if teacher is not None else trained.classifier(
             run, "teacher", cfg.teacher, data, steps=cfg.teacher_steps, optimizer=cfg.teacher_optimizer, batch_size=cfg.batch_size,
@@ -114,9 +113,11 @@ def main(
         present.classifier(run, "teacher", teacher, data.test)
         if cfg.pool == "all" and data.transfer is not None:
             images = join(data.train, data.transfer)
-        signal = signals.logits(run, teacher, images, augmented=cfg.augment != "none")
+        target = signals.soft_targets(run, teacher, images, cfg.temperature, augmented=cfg.augment != "none")
 
     student, optimizer = run.trainable("student", student or hub.load_classifier(cfg.student, data=data, fresh=True), cfg.optimizer)
+    cross_entropy = F.cross_entropy if bool((images.labels >= 0).all()) else labelled_cross_entropy
+    kd_weight = cfg.kd_weight * cfg.temperature**2
     batches = Batches(images, cfg.batch_size, run.seed)
     for step in run.steps(cfg.steps):
         index, image, label = run.shard(batches(step))
@@ -124,9 +125,10 @@ def main(
         logits = student(image)
         parts = {}
         if cfg.ce_weight:
-            parts["ce"] = cfg.ce_weight * labelled_cross_entropy(logits, label)
-        if signal is not None:
-            parts["kd"] = cfg.kd_weight * kl(signal(index, image), logits, cfg.temperature, times_t2=True)
+            parts["ce"] = cfg.ce_weight * cross_entropy(logits, label)
+        if target is not None:
+            log_q = (logits / cfg.temperature).log_softmax(-1)
+            parts["kd"] = kd_weight * F.kl_div(log_q, target(index, image), reduction="batchmean")
         run.update(optimizer, **parts)
 
     metrics = present.classifier(run, "student", student, data.test)

@@ -27,7 +27,7 @@ from stillroom.claims import Claim
 from stillroom.config import Count, Natural, NonNegative, Share
 from stillroom.diffusion import settings
 from stillroom.diffusion.denoiser import tapped
-from stillroom.diffusion.objectives import denoise
+from stillroom.diffusion.objectives import squared
 from stillroom.diffusion.sampling import consistency, rollout, sample
 from stillroom.diffusion.settings import Setting
 from stillroom.errors import UserError
@@ -112,11 +112,11 @@ CLAIMS = [
 ]
 
 
-def features(net: Any, middle: Any, x: Tensor, t: Tensor, cond: Any) -> tuple[Any, Tensor]:
-    """The prediction at (x, t) and the middle features of the same call."""
+def features(net: Any, middle: Any, x: Tensor, t: Tensor, cond: Any, **options: Any) -> tuple[Any, Tensor]:
+    """The answer at (x, t) and the middle features of the same call."""
     with tapped(middle) as seen:
-        pair = net(x, t, cond)
-    return pair, seen[-1]
+        answer = net(x, t, cond, **options)
+    return answer, seen[-1]
 
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
@@ -160,15 +160,15 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
         x = x.detach()
         eps, t = torch.randn_like(x), process.uniform(len(x), cfg.low, cfg.high, device=x.device)
         if middle is None:
-            run.update(learners, denoise(fake(process.mix(x, eps, t), t, cond), x, eps, t, process, start.prediction))  # type: ignore[arg-type]
+            run.update(learners, squared(fake(process.mix(x, eps, t), t, cond, read=False), start.target(x, eps, t)))
             continue
         assert setting.truth is not None
-        pair, judged = features(fake, middle, process.mix(x, eps, t), t, cond)
+        said, judged = features(fake, middle, process.mix(x, eps, t), t, cond, read=False)
         data = run.shard(setting.truth(cfg.batch, cond))
         truth = head(features(fake, middle, process.mix(data, torch.randn_like(data), t), t, cond)[1])
         run.update(
             learners,
-            denoising=denoise(pair, x, eps, t, process, start.prediction),  # type: ignore[arg-type]
+            denoising=squared(said, start.target(x, eps, t)),
             discriminator=cfg.discriminator_weight * softplus_discriminator(truth, head(judged)),
         )
 
