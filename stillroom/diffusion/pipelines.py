@@ -126,15 +126,20 @@ class Pipeline:
         without text are always given the deterministic one.
         call.json holds the keyword arguments to call the pipeline with, scheduler.json the scheduler that LoRA users must set.
         """
-        net = student.net.net  # type: ignore[union-attr]
+        net: Any = student.net.net  # type: ignore[union-attr]
         folder.mkdir(parents=True, exist_ok=True)
         scheduler, call = self._schedule(times, fresh_noise)
         if hasattr(net, "peft_config"):
             from diffusers.utils import convert_state_dict_to_diffusers
             from peft import get_peft_model_state_dict
 
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(net))
-            self.pipe.save_lora_weights(folder, **{f"{self.slot}_lora_layers": layers})
+            # The scale alpha / rank goes into the up matrices: loaders take a file without alphas at scale 1.
+            adapter = net.peft_config["default"]
+            layers = {
+                name: value * (adapter.lora_alpha / adapter.r) if ".lora_B." in name else value
+                for name, value in get_peft_model_state_dict(net).items()
+            }
+            self.pipe.save_lora_weights(folder, **{f"{self.slot}_lora_layers": convert_state_dict_to_diffusers(layers)})
             scheduler.save_pretrained(folder / "scheduler")
         else:
             parts = {**self.pipe.components, self.slot: net, "scheduler": scheduler}

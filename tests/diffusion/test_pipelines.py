@@ -90,7 +90,7 @@ def test_lora_students_load_with_load_lora_weights(pipe: pipelines.Pipeline, tmp
 
     if not pipe.encoders:
         pytest.skip("no LoRA loader in this pipeline class")
-    student = pipe.lora(2, 2)
+    student = pipe.lora(2, 6)
     trained = [p for p in student.parameters() if p.requires_grad]
     with torch.no_grad():
         for parameter in trained:
