@@ -54,9 +54,22 @@ class Setting:
     null: Any = None
     pipeline: Any = None
     """The diffusers pipeline behind the teacher, for saving students."""
+    embedded: float | None = None
+    """The guidance scale that conditions carry, for networks that take it as an input."""
 
     def guided(self, weight: float) -> nn.Module:
-        """The teacher under classifier-free guidance; 1 is the plain teacher. UserError where there is nothing to guide by."""
+        """The teacher under classifier-free guidance; 1 is the plain teacher.
+
+        A network that takes the scale as an input gets it from the conditions, so it is the teacher as it is. UserError where there is
+        nothing to guide by, or for another scale than that of the conditions.
+        """
+        if self.embedded is not None:
+            if weight != self.embedded:
+                raise UserError(
+                    f"guidance {weight:g}: the teacher {self.name} takes the guidance scale as an input, and its conditions were made "
+                    f"with {self.embedded:g}; load it with guidance={weight:g}."
+                )
+            return self.teacher
         if weight == 1:
             return self.teacher
         if self.null is None:
@@ -195,8 +208,11 @@ def digits(name: str, teacher: Mixture) -> Setting:
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------------------
-def load(name: str, prompts: str = "", size: int = 0) -> Setting:
-    """The setting called `name`. UserError for an unknown name, and what `pipelines.load` raises for a diffusers folder."""
+def load(name: str, prompts: str = "", size: int = 0, guidance: float = 1.0) -> Setting:
+    """The setting called `name`; see `pipelines.load` for `size` and `guidance`.
+
+    UserError for an unknown name, and what `pipelines.load` raises for a diffusers folder.
+    """
     match name:
         case "ring":
             return points(name, ring())
@@ -207,15 +223,15 @@ def load(name: str, prompts: str = "", size: int = 0) -> Setting:
         case "digits":
             return digits(name, digit_mixture())
     if name.startswith("diffusers:"):
-        return pipeline(name.removeprefix("diffusers:"), prompts, size)
+        return pipeline(name.removeprefix("diffusers:"), prompts, size, guidance)
     raise UserError(f"--teacher {name!r} is none of ring, grid, classes, digits, diffusers:FOLDER-OR-ID.", code=2)
 
 
-def pipeline(where: str, prompts: str, size: int) -> Setting:
+def pipeline(where: str, prompts: str, size: int, guidance: float) -> Setting:
     """A diffusers pipeline; students start as copies of its network and work in its latent space."""
     from stillroom.diffusion import pipelines
 
-    pipe = pipelines.load(where, size)
+    pipe = pipelines.load(where, size, guidance)
     lines = pipelines.read_prompts(prompts) if pipe.encoders else [""]
     encoded = pipe.encode(lines)
 
@@ -241,4 +257,5 @@ def pipeline(where: str, prompts: str, size: int) -> Setting:
         condition=condition,
         null=pipe.null,
         pipeline=pipe,
+        embedded=pipe.guidance,
     )

@@ -49,7 +49,7 @@ class Config:
     solver: Literal["ddim", "heun"] = "ddim"
     distance: Literal["l2", "huber"] = "huber"
     guidance: NonNegative = 1.0
-    """Classifier-free guidance of the teacher (1: none)."""
+    """Classifier-free guidance of the teacher (1: none); the input of a network with guidance embedding (FLUX.1-dev)."""
     updates: Natural = 1000
     batch: Count = 256
     ema: Share = 0.95
@@ -121,7 +121,7 @@ def consistency_loss(
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
     """setting: your own teacher in place of `cfg.teacher`."""
-    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size)
+    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size, cfg.guidance)
     start = setting.student(run)
     process, grid = start.process, start.process.grid(cfg.steps)
     teacher = run.frozen(setting.guided(cfg.guidance))
