@@ -208,11 +208,13 @@ def digits(name: str, teacher: Mixture) -> Setting:
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------------------
-def load(name: str, prompts: str = "", size: int = 0, guidance: float = 1.0) -> Setting:
-    """The setting called `name`; see `pipelines.load` for `size` and `guidance`.
+def load(name: str, prompts: str = "", size: int = 0, guidance: float = 1.0, fid: str = "") -> Setting:
+    """The setting called `name`; see `pipelines.load` for `size` and `guidance`, `pipeline` for `fid`.
 
-    UserError for an unknown name, and what `pipelines.load` raises for a diffusers folder.
+    UserError for an unknown name, for `fid` with an embedded teacher, and what `pipelines.load` raises for a diffusers folder.
     """
+    if fid and not name.startswith("diffusers:"):
+        raise UserError(f"--fid judges the images of a diffusers pipeline; the embedded teacher {name} has its own yardsticks.", code=2)
     match name:
         case "ring":
             return points(name, ring())
@@ -223,13 +225,21 @@ def load(name: str, prompts: str = "", size: int = 0, guidance: float = 1.0) -> 
         case "digits":
             return digits(name, digit_mixture())
     if name.startswith("diffusers:"):
-        return pipeline(name.removeprefix("diffusers:"), prompts, size, guidance)
+        return pipeline(name.removeprefix("diffusers:"), prompts, size, guidance, fid)
     raise UserError(f"--teacher {name!r} is none of ring, grid, classes, digits, diffusers:FOLDER-OR-ID.", code=2)
 
 
-def pipeline(where: str, prompts: str, size: int, guidance: float) -> Setting:
-    """A diffusers pipeline; students start as copies of its network and work in its latent space."""
+def pipeline(where: str, prompts: str, size: int, guidance: float, fid: str = "") -> Setting:
+    """A diffusers pipeline; students start as copies of its network and work in its latent space.
+
+    fid: also judge decoded samples by FID, against a folder of real images or against the "teacher" samples.
+    """
     from stillroom.diffusion import pipelines
+    from stillroom.metrics.fid import extractor, features
+
+    if fid:
+        extractor()  # a missing extra is said now, not after training
+    real = features(fid) if fid not in ("", "teacher") else None
 
     pipe = pipelines.load(where, size, guidance)
     lines = pipelines.read_prompts(prompts) if pipe.encoders else [""]
@@ -239,7 +249,13 @@ def pipeline(where: str, prompts: str, size: int, guidance: float) -> Setting:
         return take(encoded, torch.randint(len(lines), (n,)))
 
     def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
-        return {"energy": energy_distance(x, reference)}
+        metrics = {"energy": energy_distance(x, reference)}
+        if fid:
+            metrics["fid"] = frechet(features(images(x)), features(images(reference)) if real is None else real)
+        return metrics
+
+    def images(x: Tensor) -> Tensor:
+        return torch.cat([pipe.decode(part).cpu() for part in x.split(8)])
 
     def show(run: Run, name: str, sets: Mapping[str, Tensor]) -> None:
         for label, x in sets.items():

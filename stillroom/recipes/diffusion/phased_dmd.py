@@ -86,6 +86,8 @@ class Config:
     """Training steps of the 1-D check of the subinterval target; 0 skips it."""
     evaluate: Count = 2000
     """Samples for the metrics."""
+    fid: str = ""
+    """Folder of real images, or "teacher": FID of the samples against them (diffusers only; pip install 'stillroom[fid]')."""
 
 
 def full() -> Config:
@@ -223,7 +225,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     if cfg.phases > cfg.steps:
         raise UserError(f"--phases {cfg.phases} needs at least as many --steps, not {cfg.steps}.", code=2)
     metrics = toy(run, cfg.fake_target, cfg.toy_steps) if cfg.toy_steps else {}
-    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size, cfg.guidance)
+    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size, cfg.guidance, cfg.fid)
     run.frozen(setting.teacher)
     process = setting.process
     grid = process.grid(cfg.steps, cfg.shift)
