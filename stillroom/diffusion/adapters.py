@@ -79,19 +79,22 @@ class Anatomy:
 
 
 def anatomy(net: Any) -> Anatomy:
-    """Every residual block of a `PointNet`, every `attn2` of a U-Net, every `attn` of an SD3 transformer. UserError for others."""
+    """Every residual block of a `PointNet`, every `attn2` of a U-Net, every `attn` of an SD3 or Flux transformer. UserError for others."""
     if isinstance(net, PointNet):
         label = net.embedding.label
         width = net.features
         return Anatomy([(b, width) for b in net.blocks], (net.embedding.time, width), (label, width) if label else None)
-    name, last = {"UNet2DConditionModel": ("attn2", "cross_attention_dim"), "SD3Transformer2DModel": ("attn", "joint_attention_dim")}.get(
-        type(net).__name__, ("", "")
-    )
+    transformer = ("attn", "joint_attention_dim")
+    name, last = {
+        "UNet2DConditionModel": ("attn2", "cross_attention_dim"),
+        "SD3Transformer2DModel": transformer,
+        "FluxTransformer2DModel": transformer,
+    }.get(type(net).__name__, ("", ""))
     if not name:
         raise UserError(
-            f"no blocks are known to adapt in a {type(net).__name__}: these adapters take text-conditional U-Nets and SD3 transformers."
+            f"no blocks are known to adapt in a {type(net).__name__}: adapters take text-conditional U-Nets, SD3 and Flux transformers."
         )
-    blocks = [(m, m.to_out[0].out_features) for path_, m in net.named_modules() if path_.rpartition(".")[2] == name]
+    blocks = [(m, m.out_dim) for path_, m in net.named_modules() if path_.rpartition(".")[2] == name]
     clock = net.time_embedding if name == "attn2" else net.time_text_embed.timestep_embedder
     return Anatomy(blocks, (clock, clock.linear_2.out_features), text=getattr(net.config, last))
 

@@ -1,14 +1,15 @@
 """diffusers pipelines as teachers, and students that plain diffusers loads.
 
-Pipelines around one U-Net or one MMDiT: Stable Diffusion 1.x / 2.x (epsilon or v), SDXL, Stable Diffusion 3 (flow), and unconditional
-DDPM-style pixel U-Nets. The network becomes a `Denoiser` in the process that the pipeline's scheduler describes; text is encoded by the
-pipeline's own `encode_prompt`, latents are decoded by its VAE.
+Pipelines around one U-Net or one transformer: Stable Diffusion 1.x / 2.x (epsilon or v), SDXL, Stable Diffusion 3 and Flux (flow), and
+unconditional DDPM-style pixel U-Nets. The network becomes a `Denoiser` in the process that the pipeline's scheduler describes; text is
+encoded by the pipeline's own `encode_prompt`, latents are decoded by its VAE.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,33 +41,66 @@ class Backbone(nn.Module):
         return self.net(x, timestep=time, return_dict=False, **words)[0]
 
 
+class Packed(Backbone):
+    """A Flux transformer, which sees 2x2 patches of the latents as tokens; text tokens have no position."""
+
+    def forward(self, x: Tensor, time: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
+        assert cond is not None
+        h, w = x.shape[-2] // 2, x.shape[-1] // 2
+        rows, columns = (torch.arange(n, dtype=torch.float32, device=x.device) for n in (h, w))
+        out = self.net(
+            pack(x),
+            timestep=time,
+            img_ids=torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns),
+            txt_ids=rows.new_zeros(cond["encoder_hidden_states"].shape[1], 3),
+            return_dict=False,
+            **cond,
+        )[0]
+        return unpack(out, h, w)
+
+
+def pack(x: Tensor) -> Tensor:
+    """Latents [B, C, 2h, 2w] as Flux's tokens [B, h w, 4 C]."""
+    return nn.functional.pixel_unshuffle(x, 2).flatten(2).mT
+
+
+def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
+    """The inverse of `pack`."""
+    return nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (h, w)), 2)
+
+
 class Pipeline:
     """A loaded pipeline.
 
-    denoiser: its network as a `Denoiser`; shape: (C, H, W) of what it denoises; null: the empty condition [1, ...].
+    denoiser: its network as a `Denoiser`; shape: (C, H, W) of what it denoises; null: the empty condition [1, ...]; guidance: the scale
+    that conditions carry, for a network that takes it as an input, else None.
     """
+
+    backbone: type[Backbone] = Backbone
+    guidance: float | None = None
 
     def __init__(self, pipe: Any, where: str, size: int = 0):
         self.pipe, self.where = pipe, where
         self.slot = "transformer" if hasattr(pipe, "transformer") else "unet"
         net = getattr(pipe, self.slot)
-        self.process, prediction = described(pipe.scheduler, net, where)
-        self.denoiser = Denoiser(Backbone(net), self.process, prediction)
         self.vae = getattr(pipe, "vae", None)
         self.scale = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
         self.encoders = hasattr(pipe, "encode_prompt")
-        self.shape = self._shape(net.config, size)
-        self.null = self.encode([""], null=True)
-
-    def _shape(self, config: Any, size: int) -> tuple[int, int, int]:
-        own = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
-        inner = config.patch_size if self.slot == "transformer" else 2 ** (len(config.block_out_channels) - 1)
-        if size % (self.scale * inner):
+        channels, patch, own = self._layout(net.config)
+        if size % (self.scale * patch):
             raise UserError(
-                f"--size {size} is not divisible by {self.scale * inner}, the factor of the network and VAE in {self.where}.", code=2
+                f"--size {size} is not divisible by {self.scale * patch}, the factor of the network and VAE in {self.where}.", code=2
             )
         side = size // self.scale if size else own
-        return config.in_channels, side, side
+        self.shape = (channels, side, side)
+        self.process, prediction = described(pipe.scheduler, net, where, (side // patch) ** 2)
+        self.denoiser = Denoiser(self.backbone(net), self.process, prediction)
+        self.null = self.encode([""], null=True)
+
+    def _layout(self, config: Any) -> tuple[int, int, int]:
+        """(channels, factor that sides are divisible by, the pipeline's own side) of what the network denoises."""
+        own = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+        return config.in_channels, config.patch_size if self.slot == "transformer" else 2 ** (len(config.block_out_channels) - 1), own
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], null: bool = False) -> dict[str, Tensor] | None:
@@ -85,6 +119,11 @@ class Pipeline:
             side = float(self.shape[-1] * self.scale)
             text["time_ids"] = torch.tensor([[side, side, 0.0, 0.0, side, side]], device=self.pipe.device).expand(len(prompts), -1)
         return {name: value.detach().clone() for name, value in text.items()}
+
+    def asked(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline that make it ask its network as the denoiser is asked."""
+        side = self.shape[-1] * self.scale
+        return {"guidance_scale": 1.0, "height": side, "width": side} if self.encoders else {}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -112,12 +151,13 @@ class Pipeline:
         net = getattr(self.pipe, self.slot)
         config = dict(net.config)
         if self.slot == "transformer":
-            config["num_layers"] = max(1, config["num_layers"] // factor)
+            for depth in {"num_layers", "num_single_layers"} & config.keys():
+                config[depth] = max(1, config[depth] // factor)
         else:
             config["block_out_channels"] = [c // factor for c in config["block_out_channels"]]
             if any(c % config["norm_num_groups"] for c in config["block_out_channels"]):
                 config["norm_num_groups"] = max(1, config["norm_num_groups"] // factor)
-        return Denoiser(Backbone(type(net).from_config(config)), self.process, self.denoiser.prediction)
+        return Denoiser(self.backbone(type(net).from_config(config)), self.process, self.denoiser.prediction)
 
     def save(self, folder: Path, student: nn.Module, times: Sequence[float], fresh_noise: bool) -> None:
         """A folder for plain diffusers: a whole pipeline, or only LoRA weights for `load_lora_weights` if the student has them.
@@ -126,15 +166,20 @@ class Pipeline:
         without text are always given the deterministic one.
         call.json holds the keyword arguments to call the pipeline with, scheduler.json the scheduler that LoRA users must set.
         """
-        net = student.net.net  # type: ignore[union-attr]
+        net: Any = student.net.net  # type: ignore[union-attr]
         folder.mkdir(parents=True, exist_ok=True)
         scheduler, call = self._schedule(times, fresh_noise)
         if hasattr(net, "peft_config"):
             from diffusers.utils import convert_state_dict_to_diffusers
             from peft import get_peft_model_state_dict
 
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(net))
-            self.pipe.save_lora_weights(folder, **{f"{self.slot}_lora_layers": layers})
+            # The scale alpha / rank goes into the up matrices: loaders take a file without alphas at scale 1.
+            adapter = net.peft_config["default"]
+            layers = {
+                name: value * (adapter.lora_alpha / adapter.r) if ".lora_B." in name else value
+                for name, value in get_peft_model_state_dict(net).items()
+            }
+            self.pipe.save_lora_weights(folder, **{f"{self.slot}_lora_layers": convert_state_dict_to_diffusers(layers)})
             scheduler.save_pretrained(folder / "scheduler")
         else:
             parts = {**self.pipe.components, self.slot: net, "scheduler": scheduler}
@@ -144,13 +189,11 @@ class Pipeline:
     def _schedule(self, times: Sequence[float], fresh_noise: bool) -> tuple[Any, dict[str, Any]]:
         from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
-        call: dict[str, Any] = {"num_inference_steps": len(times) - 1}
-        if self.encoders:
-            call["guidance_scale"] = 1.0
+        call = {"num_inference_steps": len(times) - 1, **self.asked()}
         config = dict(self.pipe.scheduler.config)
         if isinstance(self.process, Flow):
-            # The grid is shifted already; the pipeline's own shift must not be applied twice.
-            scheduler = FlowMatchEulerDiscreteScheduler.from_config({**config, "shift": 1.0, "stochastic_sampling": fresh_noise})
+            # A new one: the grid is shifted already, and must not be shifted again.
+            scheduler = FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], stochastic_sampling=fresh_noise)
             return scheduler, call | {"sigmas": [float(t) for t in times[:-1]]}
         if not self.encoders:  # DDPMPipeline takes neither timesteps nor eta; trailing spacing gives it the student's grid
             plain = {"set_alpha_to_one": True, "clip_sample": False, "thresholding": False, "timestep_spacing": "trailing"}
@@ -161,15 +204,58 @@ class Pipeline:
         return scheduler, call | {"timesteps": [round(t) for t in times[:-1]]}
 
 
-def described(scheduler: Any, net: Any, where: str) -> tuple[Process, PredictionType]:
-    """The process and prediction type that a scheduler's config states. UserError when it does not fit the kind of network."""
+class Flux(Pipeline):
+    """A FluxPipeline, with a guidance embedding (FLUX.1-dev) or without (Schnell, and networks whose guidance was undone).
+
+    A network with guidance embedding was distilled from classifier-free guidance: its scale is an input, so conditions carry it.
+    """
+
+    backbone = Packed
+
+    def __init__(self, pipe: Any, where: str, size: int = 0, guidance: float = 1.0):
+        self.guidance = guidance if pipe.transformer.config.guidance_embeds else None
+        super().__init__(pipe, where, size)
+
+    def _layout(self, config: Any) -> tuple[int, int, int]:
+        return config.in_channels // 4, 2, self.pipe.default_sample_size
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], null: bool = False) -> dict[str, Tensor]:
+        device, tokens = self.pipe.device, self.asked()["max_sequence_length"]
+        hidden, pooled, _ = self.pipe.encode_prompt(prompt=list(prompts), prompt_2=None, device=device, max_sequence_length=tokens)
+        text = {"encoder_hidden_states": hidden.detach().clone(), "pooled_projections": pooled.detach().clone()}
+        if self.guidance is not None:
+            text["guidance"] = torch.full((len(prompts),), self.guidance, device=device)
+        return text
+
+    def asked(self) -> dict[str, Any]:
+        # Text lengths that the two models were trained with.
+        own = {"max_sequence_length": 256} if self.guidance is None else {"max_sequence_length": 512, "guidance_scale": self.guidance}
+        return super().asked() | own
+
+
+def shift_of(config: Any, tokens: int) -> float:
+    """The shift that a flow-matching scheduler's config gives to images of this many tokens."""
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift", 1.0))
+    low, high = config.base_image_seq_len, config.max_image_seq_len
+    mu = config.base_shift + (config.max_shift - config.base_shift) * (tokens - low) / (high - low)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def described(scheduler: Any, net: Any, where: str, tokens: int) -> tuple[Process, PredictionType]:
+    """The process and prediction type that a scheduler's config states, for images of `tokens` patches.
+
+    UserError when it does not fit the kind of network.
+    """
     config, name, kind = scheduler.config, type(scheduler).__name__, type(net).__name__
     flows = kind in ("SD3Transformer2DModel", "FluxTransformer2DModel")
     if flows != name.startswith("FlowMatch"):
         wants = "a flow-matching scheduler" if flows else "a scheduler with betas and a prediction_type (DDIM, Euler, ...)"
         raise UserError(f"{where}: scheduler and network disagree: {kind} needs {wants}, but scheduler_config.json names {name}.")
     if flows:
-        return Flow(time_scale=float(config.num_train_timesteps)), "velocity"
+        inside = 1000 if kind == "FluxTransformer2DModel" else 1  # Flux multiplies by 1000 itself
+        return Flow(config.num_train_timesteps / inside, shift_of(config, tokens)), "velocity"
     if config.prediction_type not in PREDICTIONS:
         raise UserError(
             f"{where}: prediction_type {config.prediction_type!r} in scheduler_config.json is none of {', '.join(PREDICTIONS)}."
@@ -180,8 +266,11 @@ def described(scheduler: Any, net: Any, where: str) -> tuple[Process, Prediction
     return process, PREDICTIONS[config.prediction_type]
 
 
-def load(where: str, size: int = 0) -> Pipeline:
-    """A pipeline from a folder or hub id; `size` in pixels, 0 for its own. UserError for anything that is not a usable pipeline."""
+def load(where: str, size: int = 0, guidance: float = 1.0) -> Pipeline:
+    """A pipeline from a folder or hub id; `size` in pixels, 0 for its own; `guidance` for a network that takes the scale as an input.
+
+    UserError for anything that is not a usable pipeline.
+    """
     try:
         import diffusers
     except ImportError:
@@ -200,8 +289,13 @@ def load(where: str, size: int = 0) -> Pipeline:
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     net = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
-    if type(net).__name__ not in ("UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel"):
-        raise UserError(f"{where}: pipelines around a {type(net).__name__} are not supported (U-Nets and SD3 transformers are).")
+    kind = type(net).__name__
+    if type(pipe).__name__ == "FluxPipeline":
+        return Flux(pipe, where, size, guidance)
+    if kind not in ("UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel"):
+        raise UserError(
+            f"{where}: a {type(pipe).__name__} around a {kind} is not supported; U-Nets, Stable Diffusion 3 and FluxPipeline are."
+        )
     return Pipeline(pipe, where, size)
 
 

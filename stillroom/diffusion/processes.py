@@ -260,12 +260,22 @@ def DDPM(time_scale: float = 1.0) -> VP:
 
 @dataclass(frozen=True)
 class Flow(Process):
-    """Rectified flow with the noise at t = 1; velocity eps - x0. SD3 and Flux networks see 1000 t."""
+    """Rectified flow with the noise at t = 1; velocity eps - x0. SD3 networks see 1000 t, Flux networks t.
+
+    Times are placed with `shift` (1: evenly), which moves them towards noise as the schedulers of SD3 and Flux do.
+    """
 
     time_scale: float = 1.0
+    shift: float = 1.0
     clean = 0.0
     wronskian = 1.0
     noisy = 1.0
+
+    def place(self, share: Time) -> Tensor:
+        return shifted(as_time(share), self.shift)
+
+    def share(self, t: float) -> float:
+        return shifted(t, 1 / self.shift)
 
     def alpha(self, t: Time) -> Tensor:
         return 1 - as_time(t)

@@ -54,9 +54,22 @@ class Setting:
     null: Any = None
     pipeline: Any = None
     """The diffusers pipeline behind the teacher, for saving students."""
+    embedded: float | None = None
+    """The guidance scale that conditions carry, for networks that take it as an input."""
 
     def guided(self, weight: float) -> nn.Module:
-        """The teacher under classifier-free guidance; 1 is the plain teacher. UserError where there is nothing to guide by."""
+        """The teacher under classifier-free guidance; 1 is the plain teacher.
+
+        A network that takes the scale as an input gets it from the conditions, so it is the teacher as it is. UserError where there is
+        nothing to guide by, or for another scale than that of the conditions.
+        """
+        if self.embedded is not None:
+            if weight != self.embedded:
+                raise UserError(
+                    f"guidance {weight:g}: the teacher {self.name} takes the guidance scale as an input, and its conditions were made "
+                    f"with {self.embedded:g}; load it with guidance={weight:g}."
+                )
+            return self.teacher
         if weight == 1:
             return self.teacher
         if self.null is None:
@@ -195,8 +208,13 @@ def digits(name: str, teacher: Mixture) -> Setting:
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------------------
-def load(name: str, prompts: str = "", size: int = 0) -> Setting:
-    """The setting called `name`. UserError for an unknown name, and what `pipelines.load` raises for a diffusers folder."""
+def load(name: str, prompts: str = "", size: int = 0, guidance: float = 1.0, fid: str = "") -> Setting:
+    """The setting called `name`; see `pipelines.load` for `size` and `guidance`, `pipeline` for `fid`.
+
+    UserError for an unknown name, for `fid` with an embedded teacher, and what `pipelines.load` raises for a diffusers folder.
+    """
+    if fid and not name.startswith("diffusers:"):
+        raise UserError(f"--fid judges the images of a diffusers pipeline; the embedded teacher {name} has its own yardsticks.", code=2)
     match name:
         case "ring":
             return points(name, ring())
@@ -207,15 +225,23 @@ def load(name: str, prompts: str = "", size: int = 0) -> Setting:
         case "digits":
             return digits(name, digit_mixture())
     if name.startswith("diffusers:"):
-        return pipeline(name.removeprefix("diffusers:"), prompts, size)
+        return pipeline(name.removeprefix("diffusers:"), prompts, size, guidance, fid)
     raise UserError(f"--teacher {name!r} is none of ring, grid, classes, digits, diffusers:FOLDER-OR-ID.", code=2)
 
 
-def pipeline(where: str, prompts: str, size: int) -> Setting:
-    """A diffusers pipeline; students start as copies of its network and work in its latent space."""
-    from stillroom.diffusion import pipelines
+def pipeline(where: str, prompts: str, size: int, guidance: float, fid: str = "") -> Setting:
+    """A diffusers pipeline; students start as copies of its network and work in its latent space.
 
-    pipe = pipelines.load(where, size)
+    fid: also judge decoded samples by FID, against a folder of real images or against the "teacher" samples.
+    """
+    from stillroom.diffusion import pipelines
+    from stillroom.metrics.fid import extractor, features
+
+    if fid:
+        extractor()  # a missing extra is said now, not after training
+    real = features(fid) if fid not in ("", "teacher") else None
+
+    pipe = pipelines.load(where, size, guidance)
     lines = pipelines.read_prompts(prompts) if pipe.encoders else [""]
     encoded = pipe.encode(lines)
 
@@ -223,7 +249,13 @@ def pipeline(where: str, prompts: str, size: int) -> Setting:
         return take(encoded, torch.randint(len(lines), (n,)))
 
     def evaluate(run: Run, x: Tensor, reference: Tensor) -> dict[str, float]:
-        return {"energy": energy_distance(x, reference)}
+        metrics = {"energy": energy_distance(x, reference)}
+        if fid:
+            metrics["fid"] = frechet(features(images(x)), features(images(reference)) if real is None else real)
+        return metrics
+
+    def images(x: Tensor) -> Tensor:
+        return torch.cat([pipe.decode(part).cpu() for part in x.split(8)])
 
     def show(run: Run, name: str, sets: Mapping[str, Tensor]) -> None:
         for label, x in sets.items():
@@ -241,4 +273,5 @@ def pipeline(where: str, prompts: str, size: int) -> Setting:
         condition=condition,
         null=pipe.null,
         pipeline=pipe,
+        embedded=pipe.guidance,
     )

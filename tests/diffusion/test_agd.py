@@ -21,7 +21,7 @@ from stillroom.recipes.diffusion.agd import Config, record
 from stillroom.run import Run
 from stillroom.store import Store
 
-from .tiny import PIPELINES, untrained
+from .tiny import PIPELINES, call, size, untrained
 
 QUICK: dict[str, Any] = {"trajectories": 6, "steps": 4, "updates": 3, "batch": 5, "evaluate": 6, "width": 8}
 
@@ -85,26 +85,26 @@ def test_end_to_end_on_points(tmp_path: Path, arm: str) -> None:
     assert loaded.width == 8
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "schnell"])
 def test_adapters_in_plain_diffusers(tmp_path: Path, kind: str) -> None:
     """The saved adapters, hung on a fresh pipeline called with guidance_scale=1, give what the run's own student gives."""
     pytest.importorskip("diffusers")
     where = PIPELINES[kind](tmp_path / kind)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    cfg = Config(teacher=f"diffusers:{where}", prompts=str(tmp_path / "prompts.txt"), **QUICK)
+    cfg = Config(teacher=f"diffusers:{where}", prompts=str(tmp_path / "prompts.txt"), size=size(kind), **QUICK)
     with Run(tmp_path / "run", store=Store(tmp_path / "store"), plots=False) as run:
         agd.main(cfg, run)
-    fresh = pipelines.load(where)
+    fresh = pipelines.load(where, size(kind))
     net = getattr(fresh.pipe, fresh.slot)
     adapters = load(tmp_path / "run" / "student", net)
-    scheduler, call = fresh._schedule(fresh.process.grid(4), fresh_noise=False)
+    scheduler, words = fresh._schedule(fresh.process.grid(4), fresh_noise=False)
     pipe = type(fresh.pipe)(**{**fresh.pipe.components, "scheduler": scheduler})
     pipe.set_progress_bar_config(disable=True)
     z = torch.randn(2, *fresh.shape)
     outputs = []
     for w in (None, 1.0, 6.0):
         adapters.w = w
-        outputs.append(pipe(["a cat", "a dog"], latents=z, height=16, width=16, output_type="latent", **call)[0])
+        outputs.append(call(pipe, ["a cat", "a dog"], z, **words))
     assert not torch.equal(outputs[1], outputs[2])
     adapters.w = None
     cond = fresh.encode(["a cat", "a dog"])
@@ -112,7 +112,7 @@ def test_adapters_in_plain_diffusers(tmp_path: Path, kind: str) -> None:
     ours = sample(agd.one_pass(adapters, base, torch.tensor([6.0, 6.0])), z, fresh.process.grid(4), cond, process=fresh.process)  # type: ignore[arg-type]
     torch.testing.assert_close(ours, outputs[2], rtol=0, atol=0.01 * float(ours.abs().max()))
     adapters.detach()
-    plain = pipe(["a cat", "a dog"], latents=z, height=16, width=16, output_type="latent", **call)[0]
+    plain = call(pipe, ["a cat", "a dog"], z, **words)
     torch.testing.assert_close(plain, outputs[0])
 
 

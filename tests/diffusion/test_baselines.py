@@ -25,7 +25,7 @@ from stillroom.run import Run
 from stillroom.store import Store
 from stillroom.testing import assert_grads
 
-from .tiny import PIPELINES, untrained
+from .tiny import FLOWS, PIPELINES, size, untrained
 
 DMD: dict[str, Any] = {"updates": 2, "fake_updates": 2, "batch": 4, "evaluate": 16}
 CD: dict[str, Any] = {"updates": 3, "batch": 4, "evaluate": 16, "bank": 6, "levels": 5}
@@ -92,17 +92,17 @@ def test_the_exact_consistency_function_has_no_loss_with_a_fine_heun_grid_and_gr
     assert_grads(loss.mean(), to=[student], not_to=[target])
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize(("kind", "rank"), [("sd15", 0), ("sdxl", 2), ("sd3", 0), ("flux", 0), ("flux", 2), ("schnell", 2)])
 @pytest.mark.parametrize("name", ["dmd2", "consistency"])
-def test_students_of_pipelines_are_sampled_by_plain_diffusers(run: Run, tmp_path: Path, kind: str, name: str) -> None:
+def test_students_of_pipelines_are_sampled_by_plain_diffusers(run: Run, tmp_path: Path, kind: str, rank: int, name: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     where = PIPELINES[kind](tmp_path / kind)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     recipe, quick = {"dmd2": (dmd2, DMD), "consistency": (consistency, CD)}[name]
-    rank = 2 if kind == "sdxl" else 0
     cfg = recipe.Config(  # type: ignore[attr-defined]
         teacher=f"diffusers:{where}",
         prompts=str(tmp_path / "prompts.txt"),
+        size=size(kind),
         guidance=2.0,
         steps=2,
         lora_rank=rank,
@@ -114,11 +114,12 @@ def test_students_of_pipelines_are_sampled_by_plain_diffusers(run: Run, tmp_path
     if rank:
         pipe = diffusers.DiffusionPipeline.from_pretrained(where)
         pipe.load_lora_weights(student)
-        pipe.scheduler = diffusers.LCMScheduler.from_pretrained(student / "scheduler")
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler if kind in FLOWS else diffusers.LCMScheduler
+        pipe.scheduler = scheduler.from_pretrained(student / "scheduler")
     else:
         pipe = diffusers.DiffusionPipeline.from_pretrained(student)
     pipe.set_progress_bar_config(disable=True)
-    assert pipe("a cat", height=16, width=16, output_type="np", **call)[0].shape == (1, 16, 16, 3)
+    assert pipe("a cat", output_type="np", **call)[0].shape == (1, 16, 16, 3)
 
 
 def test_a_setting_of_ones_own_as_in_the_docs(run: Run) -> None:

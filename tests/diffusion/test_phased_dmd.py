@@ -16,7 +16,7 @@ from stillroom.recipes.diffusion.phased_dmd import Config, fake_goal
 from stillroom.run import Run
 from stillroom.store import Store
 
-from .tiny import PIPELINES, untrained
+from .tiny import FLOWS, PIPELINES, size, untrained
 
 QUICK = {"updates": 2, "fake_updates": 1, "batch": 4, "toy_steps": 0, "evaluate": 16}
 
@@ -80,14 +80,19 @@ def test_end_to_end_on_points(tmp_path: Path, phases: int) -> None:
     assert len(list((tmp_path / "run" / "student").rglob("*.safetensors"))) == phases
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("sd15", 0), ("sdxl", 2), ("sd3", 2)])
+@pytest.mark.parametrize(("kind", "rank"), [("sd15", 0), ("sdxl", 2), ("sd3", 2), ("flux", 0), ("flux", 2), ("schnell", 2)])
 def test_phase_experts_in_plain_diffusers(tmp_path: Path, kind: str, rank: int) -> None:
     diffusers = pytest.importorskip("diffusers")
     teacher = PIPELINES[kind](tmp_path / kind)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     cfg = Config(
-        teacher=f"diffusers:{teacher}", prompts=str(tmp_path / "prompts.txt"), guidance=2.0, lora_rank=rank, **(QUICK | {"evaluate": 4})
-    )  # type: ignore[arg-type]
+        teacher=f"diffusers:{teacher}",
+        prompts=str(tmp_path / "prompts.txt"),
+        size=size(kind),
+        guidance=2.0,
+        lora_rank=rank,
+        **(QUICK | {"evaluate": 4}),  # type: ignore[arg-type]
+    )
     with run(tmp_path) as r:
         metrics = phased_dmd.main(cfg, r)
     assert metrics["energy"] == metrics["energy"]
@@ -98,7 +103,7 @@ def test_phase_experts_in_plain_diffusers(tmp_path: Path, kind: str, rank: int) 
         for phase in ("phase1", "phase2"):
             pipe.load_lora_weights(student / phase, adapter_name=phase)
         pipe.set_adapters("phase1")
-        pipe.scheduler = (diffusers.FlowMatchEulerDiscreteScheduler if kind == "sd3" else diffusers.TCDScheduler).from_pretrained(
+        pipe.scheduler = (diffusers.FlowMatchEulerDiscreteScheduler if kind in FLOWS else diffusers.TCDScheduler).from_pretrained(
             student / "phase1" / "scheduler"
         )
 
@@ -110,9 +115,10 @@ def test_phase_experts_in_plain_diffusers(tmp_path: Path, kind: str, rank: int) 
         second = diffusers.DiffusionPipeline.from_pretrained(student / "phase2")
 
         def switch(pipe, step, t, tensors):  # type: ignore[no-untyped-def]
-            pipe.unet = second.unet
+            slot = "transformer" if kind in FLOWS else "unet"
+            setattr(pipe, slot, getattr(second, slot))
             return tensors
 
     pipe.set_progress_bar_config(disable=True)
-    images = pipe("a cat", height=16, width=16, output_type="np", callback_on_step_end=switch, **call)[0]
+    images = pipe("a cat", output_type="np", callback_on_step_end=switch, **call)[0]
     assert images.shape == (1, 16, 16, 3)

@@ -14,14 +14,14 @@ from stillroom.diffusion.processes import VP, Flow
 from stillroom.diffusion.sampling import consistency, sample
 from stillroom.errors import UserError
 
-from .tiny import PIPELINES, sd15
+from .tiny import PIPELINES, call, sd15, size
 
 pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module", params=list(PIPELINES))
 def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pipelines.Pipeline:
-    return pipelines.load(PIPELINES[request.param](tmp_path_factory.mktemp(request.param)))
+    return pipelines.load(PIPELINES[request.param](tmp_path_factory.mktemp(request.param)), size(request.param), guidance=3.0)
 
 
 def noise(pipe: pipelines.Pipeline, n: int = 2) -> torch.Tensor:
@@ -31,7 +31,7 @@ def noise(pipe: pipelines.Pipeline, n: int = 2) -> torch.Tensor:
 @torch.no_grad()
 def test_the_process_is_the_schedulers(pipe: pipelines.Pipeline) -> None:
     if isinstance(pipe.process, Flow):
-        assert pipe.process == Flow(1000.0)
+        assert pipe.process.time_scale == (1.0 if isinstance(pipe, pipelines.Flux) else 1000.0)
         return
     assert isinstance(pipe.process, VP)
     kept = pipe.pipe.scheduler.alphas_cumprod.double()
@@ -47,12 +47,14 @@ def test_guided_deterministic_sampling_is_diffusers_own(pipe: pipelines.Pipeline
     z = noise(pipe)
     cond, null = pipe.encode(prompts), pipe.null
     grid = pipe.process.grid(4)
-    guided = Guided(pipe.denoiser, weight, null)
+    guided = pipe.denoiser if pipe.guidance is not None else Guided(pipe.denoiser, weight, null)
     ours = sample(guided, pipe.process.start(z), grid, cond)
-    scheduler, call = pipe._schedule(grid, fresh_noise=False)
+    scheduler, words = pipe._schedule(grid, fresh_noise=False)
     plain = type(pipe.pipe)(**{**pipe.pipe.components, "scheduler": scheduler})
     plain.set_progress_bar_config(disable=True)
-    theirs = plain(prompts, latents=z, height=16, width=16, output_type="latent", **{**call, "guidance_scale": weight})[0]
+    if isinstance(pipe, pipelines.Flux) and pipe.guidance is None:
+        words |= {"negative_prompt": "", "true_cfg_scale": weight}
+    theirs = call(plain, prompts, z, **{**words, "guidance_scale": weight})
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01 * float(ours.abs().max()))
 
 
@@ -68,10 +70,10 @@ def test_full_students_are_sampled_by_plain_diffusers(pipe: pipelines.Pipeline, 
     pipe.save(tmp_path / "student", student, grid, fresh_noise)
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     loaded.set_progress_bar_config(disable=True)
-    call = json.loads((tmp_path / "student" / "call.json").read_text())
+    words = json.loads((tmp_path / "student" / "call.json").read_text())
     if not pipe.encoders:
         torch.manual_seed(5)
-        images = torch.tensor(loaded(batch_size=2, output_type="np", **call).images).permute(0, 3, 1, 2)
+        images = torch.tensor(loaded(batch_size=2, output_type="np", **words).images).permute(0, 3, 1, 2)
         torch.manual_seed(5)
         expected = sample(student.eval(), torch.randn(2, *pipe.shape), grid)
         torch.testing.assert_close(pipe.decode(expected), images, rtol=0, atol=0.01)
@@ -79,9 +81,9 @@ def test_full_students_are_sampled_by_plain_diffusers(pipe: pipelines.Pipeline, 
     z = noise(pipe)
     cond = pipe.encode(["a cat", "dog"])
     expected = sample(student.eval(), pipe.process.start(z), grid, cond, step=consistency)
-    latents = loaded(["a cat", "dog"], latents=z, height=16, width=16, output_type="latent", **call)[0]
+    latents = call(loaded, ["a cat", "dog"], z, **words)
     torch.testing.assert_close(expected, latents, rtol=0.02, atol=0.02 * float(expected.abs().max()))
-    images = loaded(["a cat"], height=16, width=16, output_type="np", **call)[0]
+    images = loaded(["a cat"], output_type="np", **words)[0]
     assert images.shape == (1, 16, 16, 3)
 
 
@@ -90,7 +92,7 @@ def test_lora_students_load_with_load_lora_weights(pipe: pipelines.Pipeline, tmp
 
     if not pipe.encoders:
         pytest.skip("no LoRA loader in this pipeline class")
-    student = pipe.lora(2, 2)
+    student = pipe.lora(2, 6)
     trained = [p for p in student.parameters() if p.requires_grad]
     with torch.no_grad():
         for parameter in trained:
@@ -104,8 +106,7 @@ def test_lora_students_load_with_load_lora_weights(pipe: pipelines.Pipeline, tmp
     z, cond = noise(pipe), pipe.encode(["a cat", "dog"])
     start = pipe.process.start(z)
     expected = sample(student.eval(), start, grid, cond)
-    call = json.loads((tmp_path / "call.json").read_text())
-    latents = loaded(["a cat", "dog"], latents=z, height=16, width=16, output_type="latent", **call)[0]
+    latents = call(loaded, ["a cat", "dog"], z, **json.loads((tmp_path / "call.json").read_text()))
     torch.testing.assert_close(expected, latents, rtol=0.02, atol=0.02 * float(expected.abs().max()))
     assert not torch.allclose(expected, sample(pipe.denoiser, start, grid, cond), rtol=0.02)
 

@@ -21,7 +21,7 @@ from stillroom.run import Run
 from stillroom.store import Store
 from stillroom.testing import assert_grads
 
-from .tiny import PIPELINES, untrained
+from .tiny import PIPELINES, size, untrained
 
 QUICK: dict[str, Any] = {"pairs": 12, "pair_steps": 3, "reflow_steps": 3, "distil_steps": 2, "batch": 4, "evaluate": 24}
 
@@ -109,12 +109,12 @@ def test_end_to_end_on_digits(tmp_path: Path, tmp_path_factory: pytest.TempPathF
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 4
 
 
-@pytest.mark.parametrize("kind", ["ddpm", "sd15", "sd3"])
+@pytest.mark.parametrize("kind", ["ddpm", "sd15", "sd3", "flux"])
 def test_small_one_step_pipelines_in_plain_diffusers(tmp_path: Path, kind: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     where = PIPELINES[kind](tmp_path / kind)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    cfg = Config(teacher=f"diffusers:{where}", prompts=str(tmp_path / "prompts.txt"), flip=False, **QUICK)
+    cfg = Config(teacher=f"diffusers:{where}", prompts=str(tmp_path / "prompts.txt"), size=size(kind), flip=False, **QUICK)
     with Run(tmp_path / "run", store=Store(tmp_path / "store")) as run:
         slimflow.main(cfg, run)
     folder = tmp_path / "run" / "student"
@@ -124,4 +124,4 @@ def test_small_one_step_pipelines_in_plain_diffusers(tmp_path: Path, kind: str) 
     if kind == "ddpm":
         assert pipe(output_type="np", **call).images.shape == (1, 8, 8, 1)
     else:
-        assert pipe("a cat", height=16, width=16, output_type="np", **call)[0].shape == (1, 16, 16, 3)
+        assert pipe("a cat", output_type="np", **call)[0].shape == (1, 16, 16, 3)

@@ -145,7 +145,48 @@ def ddpm(folder: Path) -> str:
     return str(folder)
 
 
-PIPELINES = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "ddpm": ddpm}
+def flux(folder: Path, guidance_embeds: bool = True) -> str:
+    """Like FLUX.1-dev: guidance embedding and dynamic shift; without guidance embedding like Schnell."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    net = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(2, 2, 4),
+    )
+    autoencoder = vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds)
+    FluxPipeline(scheduler, autoencoder, text(False), tokenizer(), *t5(), net).save_pretrained(folder)
+    return str(folder)
+
+
+def schnell(folder: Path) -> str:
+    return flux(folder, guidance_embeds=False)
+
+
+PIPELINES = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "ddpm": ddpm, "flux": flux, "schnell": schnell}
+FLOWS = ("sd3", "flux", "schnell")
+
+
+def size(kind: str) -> int:
+    """Pixels to ask for: a Flux network does not say its own size, and the pipeline's is 1024 at full scale."""
+    return 16 if kind in ("flux", "schnell") else 0
+
+
+def call(pipe: Any, prompts: list[str], z: torch.Tensor, **words: Any) -> torch.Tensor:
+    """The latents [B, C, H, W] that a plain pipeline ends at from the latents z; Flux wants them packed."""
+    if type(pipe).__name__ != "FluxPipeline":
+        return pipe(prompts, latents=z, output_type="latent", **words)[0]
+    b, c, h, w = z.shape
+    out = pipe(prompts, latents=pipe._pack_latents(z, b, c, h, w), output_type="latent", **words)[0]
+    return pipe._unpack_latents(out, h, w, 1)
 
 
 def untrained(name: str) -> Any:

@@ -153,10 +153,19 @@ def one_pass(adapters: Adapters, base: Denoiser, w: Tensor) -> Callable[..., Pre
 
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
-    """setting: your own in place of `cfg.teacher`. UserError for a teacher without conditions, or forward data where there are none."""
+    """setting: your own in place of `cfg.teacher`.
+
+    UserError for a teacher without conditions or with a guidance embedding, or forward data where there are none.
+    """
     if cfg.high <= cfg.low:
         raise UserError(f"--high {cfg.high:g} must be above --low {cfg.low:g}.", code=2)
     setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size)
+    if setting.embedded is not None:
+        raise UserError(
+            f"agd distils guidance into one pass, but the teacher {setting.name} has a guidance embedding: it already takes the scale as "
+            "an input and runs once per step. Use consistency, dmd2 or phased-dmd for fewer steps.",
+            code=2,
+        )
     if setting.null is None:
         raise UserError(f"agd distils guidance, but the teacher {setting.name} takes no conditions.", code=2)
     base = setting.student(run)

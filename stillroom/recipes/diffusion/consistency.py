@@ -49,7 +49,7 @@ class Config:
     solver: Literal["ddim", "heun"] = "ddim"
     distance: Literal["l2", "huber"] = "huber"
     guidance: NonNegative = 1.0
-    """Classifier-free guidance of the teacher (1: none)."""
+    """Classifier-free guidance of the teacher (1: none); the input of a network with guidance embedding (FLUX.1-dev)."""
     updates: Natural = 1000
     batch: Count = 256
     ema: Share = 0.95
@@ -62,6 +62,8 @@ class Config:
     lora_alpha: Count = 8
     evaluate: Count = 2000
     """Samples for the metrics."""
+    fid: str = ""
+    """Folder of real images, or "teacher": FID of the samples against them (diffusers only; pip install 'stillroom[fid]')."""
 
 
 def full() -> Config:
@@ -121,7 +123,7 @@ def consistency_loss(
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
     """setting: your own teacher in place of `cfg.teacher`."""
-    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size)
+    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size, cfg.guidance, cfg.fid)
     start = setting.student(run)
     process, grid = start.process, start.process.grid(cfg.steps)
     teacher = run.frozen(setting.guided(cfg.guidance))

@@ -59,7 +59,7 @@ class Config:
     """Iterations, each one fake-score update, per generator update."""
     batch: Count = 256
     guidance: NonNegative = 1.0
-    """Classifier-free guidance of the teacher (1: none)."""
+    """Classifier-free guidance of the teacher (1: none); the input of a network with guidance embedding (FLUX.1-dev)."""
     low: Share = 0.02
     """Least noise that scores are compared at, as a share of the way from data to noise."""
     high: Share = 0.98
@@ -73,6 +73,8 @@ class Config:
     lora_alpha: Count = 8
     evaluate: Count = 2000
     """Samples for the metrics."""
+    fid: str = ""
+    """Folder of real images, or "teacher": FID of the samples against them (diffusers only; pip install 'stillroom[fid]')."""
 
 
 def full() -> Config:
@@ -123,7 +125,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     """setting: your own teacher in place of `cfg.teacher`. UserError when --low is not below --high."""
     if cfg.low >= cfg.high:
         raise UserError(f"--low {cfg.low:g} must be below --high {cfg.high:g}.", code=2)
-    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size)
+    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size, cfg.guidance, cfg.fid)
     start = setting.student(run)
     process = start.process
     grid = process.grid(cfg.steps) if cfg.steps > 1 else [float(process.place(cfg.first)), process.clean]

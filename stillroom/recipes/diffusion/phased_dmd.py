@@ -61,7 +61,7 @@ class Config:
     phases: Count = 2
     """Experts; 1 is DMD2 with stochastic gradient truncation."""
     shift: Positive = 1.0
-    """Shift of the grid of times towards noise."""
+    """Shift of the grid of times towards noise, on top of that of a flow pipeline's scheduler."""
     fake_target: Target = "unbiased"
     """Target of the fake score inside a subinterval."""
     interval: Literal["nested", "disjoint"] = "nested"
@@ -72,7 +72,7 @@ class Config:
     """Fake-score updates before each generator update."""
     batch: Count = 256
     guidance: NonNegative = 1.0
-    """Classifier-free guidance of the teacher (1: none)."""
+    """Classifier-free guidance of the teacher (1: none); the input of a network with guidance embedding (FLUX.1-dev)."""
     margin: Share = 0.02
     """Least distance of t from the phase's end and from pure noise."""
     clamp: Positive = 10.0
@@ -86,15 +86,19 @@ class Config:
     """Training steps of the 1-D check of the subinterval target; 0 skips it."""
     evaluate: Count = 2000
     """Samples for the metrics."""
+    fid: str = ""
+    """Folder of real images, or "teacher": FID of the samples against them (diffusers only; pip install 'stillroom[fid]')."""
 
 
 def full() -> Config:
-    """The paper's: 4 steps in 2 phases, shift 5 (Wan; 3 for Qwen-Image), guidance 4, LoRA 64, fake : generator 5 : 1, batch 64."""
+    """The paper's: 4 steps in 2 phases, shift 5 (Wan; 3 for Qwen-Image), guidance 4, LoRA 64, fake : generator 5 : 1, batch 64.
+
+    The scheduler of Stable Diffusion 3.5 brings a shift of 3.
+    """
     adam = Optimizer(momentum=0.0, beta2=0.999)
     return Config(
         teacher="diffusers:stabilityai/stable-diffusion-3.5-medium",
         steps=4,
-        shift=3.0,
         guidance=4.0,
         fake_updates=5,
         updates=1000,
@@ -221,7 +225,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     if cfg.phases > cfg.steps:
         raise UserError(f"--phases {cfg.phases} needs at least as many --steps, not {cfg.steps}.", code=2)
     metrics = toy(run, cfg.fake_target, cfg.toy_steps) if cfg.toy_steps else {}
-    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size)
+    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size, cfg.guidance, cfg.fid)
     run.frozen(setting.teacher)
     process = setting.process
     grid = process.grid(cfg.steps, cfg.shift)

@@ -52,7 +52,7 @@ class Config:
     size: Natural = 0
     """Image size in pixels (diffusers only); 0 is the pipeline's own."""
     guidance: NonNegative = 1.0
-    """Classifier-free guidance of the teacher (1: none)."""
+    """Classifier-free guidance of the teacher (1: none); the input of a network with guidance embedding (FLUX.1-dev)."""
     shrink: Count = 2
     """How many times fewer channels the small network has."""
     pairs: Count = 2000
@@ -77,6 +77,8 @@ class Config:
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(kind="adam", lr=1e-3, schedule="cosine", clip=1.0))
     evaluate: Count = 1000
     """Samples for the metrics."""
+    fid: str = ""
+    """Folder of real images, or "teacher": FID of the samples against them (diffusers only; pip install 'stillroom[fid]')."""
 
 
 def full() -> Config:
@@ -235,7 +237,7 @@ def many_steps(flow: nn.Module, z: Tensor, cond: Any, steps: int = 20) -> tuple[
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
     """setting: your own teacher in place of `cfg.teacher`."""
-    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size)
+    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size, cfg.guidance, cfg.fid)
     teacher = run.frozen(setting.guided(cfg.guidance))
     times = setting.process.grid(cfg.pair_steps)
     cond = settings.placed(setting.condition(cfg.pairs), run.device)
