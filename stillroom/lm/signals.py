@@ -53,10 +53,14 @@ class Head:
     def __getitem__(self, rows: slice | Tensor) -> Head:
         return Head(self.hidden[rows], self.weight, self.bias)
 
-    def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
+    @property
+    def logits(self) -> Tensor:
+        """(N, V), made anew each time."""
         with torch.no_grad():
-            logits = torch.nn.functional.linear(self.hidden.to(self.weight), self.weight, self.bias)
-        return Dense(logits).divergence(student, kind, temperature)
+            return torch.nn.functional.linear(self.hidden.to(self.weight), self.weight, self.bias)
+
+    def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
+        return Dense(self.logits).divergence(student, kind, temperature)
 
 
 @dataclass(frozen=True)
