@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
+from torch.utils.checkpoint import checkpoint
 
 from stillroom.lm.signals import Dense, Head, Signal, Temperature, same_vocabulary
 from stillroom.losses.tokens import IGNORE, Divergence, tempered
@@ -59,6 +60,20 @@ def chunked_loss(
     return Chunked(loss, ce, kd, torch.as_tensor(len(kept)))
 
 
+def token_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor, *, rows: int | None = None) -> Tensor:
+    """log softmax(hidden weight^T)[label]: hidden (N, d), weight (V, d), labels (N,) -> (N,), for losses that join tokens.
+
+    A chunk's logits are made again in the backward pass.
+    """
+
+    def part(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return tempered(linear(hidden.to(weight.dtype), weight)).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+    rows = rows or max(1, CHUNK_VALUES // len(weight))
+    chunks = ((states, weight, wanted) for states, wanted in zip(hidden.split(rows), labels.split(rows)))
+    return torch.cat([checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -72,7 +87,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wants_bias else None
         sums = torch.zeros(2, dtype=exact, device=hidden.device)
         ce_weight, kd_weight = weights
-        for chunk in kept.split(rows):
+        for chunk in kept.split(rows) if any(weights) else ():
             part = hidden[chunk].to(weight.dtype)  # under autocast the states are bfloat16 and the head is not
             logits = linear(part, weight, bias).to(exact)
             slope: Tensor | None = None

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from stillroom.errors import UserError
-from stillroom.lm.chunked import chunked_loss
+from stillroom.lm.chunked import chunked_loss, token_log_probs
 from stillroom.lm.signals import Dense, Head, Sampled, TopK, log_leftover
 from stillroom.losses.tokens import BY_NAME, IGNORE, divergence, tempered, token_mean
 
@@ -103,6 +103,18 @@ def test_closed_forms_leave_their_inputs_alone_and_their_gradients_serve_once():
     got.loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used up"):
         got.loss.backward()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_token_log_probs_and_their_gradients(rows):
+    leaves, _, _ = case()
+    labels = torch.arange(11)
+    want = linear(*leaves[:2]).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    got = token_log_probs(*leaves[:2], labels, rows=rows)
+    close(got, want)
+    slope = torch.randn(11)
+    for ours, theirs in zip(torch.autograd.grad(got, leaves[:2], slope), torch.autograd.grad(want, leaves[:2], slope)):
+        close(ours, theirs)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
