@@ -2,8 +2,8 @@
 
 The loss is the last operation, so its gradients are made in the forward pass: a chunk of rows gets its logits, its loss, the gradient
 with respect to these logits and from it those of states and head; then the logits are dropped (Liger-Kernel's way, in plain torch).
-Rows that no loss trains are left out altogether. Memory is a few times a chunk of logits. Cross-entropy and the forward KL of a teacher's
-whole distribution have their gradients in closed form, q - p, made in place; every other divergence asks autograd for the chunk.
+Rows that no loss trains are left out altogether. Memory is a few times a chunk of logits. Cross-entropy and forward KL have their
+gradients in closed form, q - p, made in place; every other divergence asks autograd for the chunk.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from stillroom.lm.signals import Dense, Head, Signal, Temperature, same_vocabulary
+from stillroom.lm.signals import ClosedForm, Signal, Temperature
 from stillroom.losses.tokens import IGNORE, Divergence, tempered
 
 CHUNK_VALUES = 2**23
@@ -136,32 +136,16 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _divergence(signal: Signal, logits: Tensor, kind: Divergence, temperature: Temperature) -> tuple[Tensor, Tensor]:
-    """Values (n,), and the gradient (n, V) of their sum."""
-    if kind == "forward_kl" and isinstance(signal, Dense | Head):
-        return _forward_kl(signal.logits, logits, temperature)
-    with torch.enable_grad():
-        logits = logits.detach().requires_grad_()
-        values = signal.divergence(logits, kind, temperature)
-        (slope,) = torch.autograd.grad(values.sum(), logits)
-    return values.detach(), slope.contiguous()
-
-
-def _forward_kl(teacher: Tensor, logits: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
-    """KL(p || q) per row, and its gradient (q - p) / temperature. A word that either side excludes costs nothing where p is zero.
-
-    Overwrites both logits: a fresh block of memory costs more than the arithmetic on it.
-    """
-    log_p, log_q = (tempered(x, temperature) for x in same_vocabulary(teacher, logits))
-    torch.log_softmax(log_p, -1, out=log_p)
-    torch.log_softmax(log_q, -1, out=log_q)
-    p, ratio = log_p.exp(), log_p
-    ratio -= log_q
-    values = torch.linalg.vecdot(p, ratio)
-    if values.isnan().any():  # 0 times infinity
-        values = torch.linalg.vecdot(p, ratio.masked_fill_(p == 0, 0.0))
-    slope = log_q.exp_().sub_(p)
+    """Values (n,), and the gradient (n, V) of their sum. May overwrite the logits."""
+    if kind != "forward_kl" or not isinstance(signal, ClosedForm):
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            values = signal.divergence(logits, kind, temperature)
+            (slope,) = torch.autograd.grad(values.sum(), logits)
+        return values.detach(), slope.contiguous()
+    values, slope = signal.forward_kl(logits, temperature)
     if isinstance(temperature, Tensor):
         slope /= temperature.unsqueeze(-1)
     elif temperature != 1:
         slope /= temperature
-    return values, pad(slope, (0, logits.shape[-1] - slope.shape[-1])) if slope.shape != logits.shape else slope
+    return values, slope

@@ -105,6 +105,22 @@ def test_closed_forms_leave_their_inputs_alone_and_their_gradients_serve_once():
         got.loss.backward()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("stored", ["topk", "cut", "all", "sampled"])
+def test_stored_signals_give_the_gradient_of_their_own_values(stored, temperature):
+    torch.manual_seed(0)
+    z = torch.randn(7, 13, dtype=torch.float64, requires_grad=True)
+    log_probs, ids = (2 * torch.randn(7, 13, dtype=torch.float64)).log_softmax(-1).topk(12 if stored == "all" else 4)
+    tail = torch.full((7,), -torch.inf) if stored == "cut" else log_leftover(log_probs)
+    signal = TopK(ids, log_probs, tail, temperature)
+    if stored == "sampled":
+        signal = Sampled(torch.randint(13, (7, 20)), torch.rand(7, 20, dtype=torch.float64) / 20, temperature)
+    want = signal.divergence(z, "forward_kl", temperature)
+    values, slope = signal.forward_kl(z.detach().clone(), temperature)
+    torch.testing.assert_close(values, want)
+    torch.testing.assert_close(slope / temperature, torch.autograd.grad(want.sum(), z)[0])
+
+
 @pytest.mark.parametrize("rows", [1, 4, 100])
 def test_token_log_probs_and_their_gradients(rows):
     leaves, _, _ = case()
