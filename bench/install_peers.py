@@ -16,6 +16,8 @@ VENVS = Path(__file__).parent / ".venvs"
 PEERS = {
     "torchdistill": ["torchdistill==1.1.5", "torchvision", "cython"],
     "modelopt": ["nvidia-modelopt==0.47.0", "ninja", "pulp", "nvidia-ml-py", "omegaconf", "antlr4-python3-runtime==4.9.3"],
+    # editable, because its wheel leaves out some of its own packages
+    "distillkit": ["-e", "git+https://github.com/arcee-ai/DistillKit@a61c2e7d25c2e990d45832e12bd8542bdee9c810#egg=distillkit", "pydantic"],
     "kd_lib": ["KD-Lib==0.0.32", "torchvision", "tensorboard", "protobuf", "absl-py", "grpcio", "werkzeug", "markdown"],
 }
 

@@ -1,29 +1,37 @@
-"""Ratios of the language floor: `python bench/language_losses.py [memory|peers|cache|kinds]`, all four by default.
+"""Ratios of the language floor: `python bench/language_losses.py [memory|peers|distillkit|cache|kinds]`, all five by default.
 
-memory  chunked loss against the naive computation at 4,096 tokens x 49,152 words: peak memory and CPU time, each in its own process
-peers   the same divergence and gradient from TRL's chunked loss and Liger's torch losses, where they are installed
-cache   training steps from a teacher cache against an online teacher and against plain training
-kinds   bytes per token and error of the loss of every kind of cache on a peaked teacher
-Seconds are CPU seconds of one thread, so that a busy machine distorts ratios little.
+memory      chunked loss against the naive computation at 4,096 tokens x 49,152 words: peak memory and CPU time, each in its own process
+peers       the same divergence and gradient from TRL's chunked loss and Liger's torch losses, where they are installed
+distillkit  bytes, error and time of our caches and of DistillKit's compression, and both sparse losses, where it is installed
+cache       training steps from a teacher cache against an online teacher and against plain training
+kinds       bytes per token and error of the loss of every kind of cache on a peaked teacher
+Seconds are CPU seconds of one thread and contenders take turns, so that a busy machine distorts ratios little.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
 
+import numpy as np
 import torch
+from install_peers import python_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from stillroom.data.sequences import Rows
-from stillroom.lm.cache import Capture, capture
+from stillroom.lm.cache import Capture, _columns, _columns_of, capture
 from stillroom.lm.chunked import chunked_loss
-from stillroom.lm.signals import Head
+from stillroom.lm.signals import Head, Sampled, TopK, log_leftover
 from stillroom.lm.text import head, states
 from stillroom.lm.tokenizer import Characters
 from stillroom.losses.tokens import align, divergence, token_mean
@@ -69,51 +77,137 @@ def memory(tokens: int = 4096, words: int = 49152, width: int = 576) -> None:
     )
 
 
-def timed(call: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> tuple[float, float, float]:
-    """(loss, norm of the first leaf's gradient, best CPU seconds of three) of forward and backward."""
-    best = float("inf")
-    for _ in range(3):
-        for leaf in leaves:
-            leaf.grad = None
-        start = time.process_time()
-        loss = call()
-        loss.backward()
-        best = min(best, time.process_time() - start)
-    grad = leaves[0].grad
-    return loss.item(), 0.0 if grad is None else grad.norm().item(), best
+def in_turn(calls: dict[str, Callable[[], Tensor]], leaves: tuple[Tensor, ...], rounds: int = 9) -> None:
+    """Print loss, norm of the first leaf's gradient and median CPU seconds of forward and backward of every contender."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    found = {}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for leaf in leaves:
+                leaf.grad = None
+            start = time.process_time()
+            loss = call()
+            loss.backward()
+            seconds[name].append(time.process_time() - start)
+            grad = leaves[0].grad
+            found[name] = (loss.item(), 0.0 if grad is None else grad.norm().item())
+    for name, (value, slope) in found.items():
+        print(f"{name:40s} loss {value:9.5f}  gradient {slope:.6f}  {median(seconds[name]):.3f} CPU s")
 
 
 def peers(tokens: int = 256, words: int = 32000, width: int = 256) -> None:
     hidden, weight, teacher, teacher_weight, labels = inputs(tokens, words, width)
-    say = lambda name, found: print(f"{name:34s} loss {found[0]:9.5f}  gradient {found[1]:.6f}  {found[2]:.2f} CPU s")
-    signal, leaves = Head(teacher, teacher_weight), (hidden, weight)
-    for kind in ("forward_kl", "jsd"):
-        say(f"stillroom {kind}", timed(lambda kind=kind: chunked_loss(hidden, weight, labels, signal, kind=kind).loss, leaves))  # type: ignore[misc]
+    signal = Head(teacher, teacher_weight)
+    for kind, beta in (("forward_kl", 0.0), ("jsd", 0.5)):
         dense = lambda kind=kind: divergence(linear(teacher, teacher_weight), linear(hidden, weight), kind).mean()
-        say(f"by hand {kind}", timed(dense, leaves))
-    try:
-        from trl.experimental.gkd import GKDTrainer
+        ours = lambda kind=kind: chunked_loss(hidden, weight, labels, signal, kind=kind).loss
+        calls = {f"stillroom {kind}": ours, f"by hand {kind}": dense}
+        try:
+            from trl.experimental.gkd import GKDTrainer
 
-        for beta in (0.0, 0.5):
-            call = lambda beta=beta: GKDTrainer.generalized_jsd_loss(
+            calls[f"TRL generalized_jsd_loss {beta}"] = lambda beta=beta: GKDTrainer.generalized_jsd_loss(
                 linear(hidden, weight)[None], linear(teacher, teacher_weight)[None], labels[None], beta=beta
             )
-            say(f"TRL generalized_jsd_loss {beta}", timed(call, leaves))
-    except ImportError as missing:
-        print(f"TRL left out: {missing}")
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        except ImportError as missing:
+            print(f"TRL left out: {missing}")
+        try:
+            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        for beta in (0.0, 0.5):
-            loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
-            call = lambda loss=loss: loss(hidden, weight, teacher, teacher_weight, labels)
-            say(f"Liger chunked JSD {beta}", timed(lambda call=call: _first(call()), leaves))  # type: ignore[misc]
-    except ImportError as missing:
-        print(f"Liger left out: {missing}")
+            jsd = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
+            calls[f"Liger chunked JSD {beta}"] = lambda jsd=jsd: _first(jsd(hidden, weight, teacher, teacher_weight, labels))
+        except ImportError as missing:
+            print(f"Liger left out: {missing}")
+        in_turn(calls, (hidden, weight))
 
 
 def _first(value: Tensor | tuple[Tensor, ...]) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
+
+
+def distillkit(tokens: int = 256, words: int = 32000, width: int = 256) -> None:
+    """In DistillKit's own environment; the teacher's next words are Zipf-like, the error is that of the forward KL of a student."""
+    try:
+        from distillkit.compression import DistributionQuantizationConfig, LogprobCompressor
+        from distillkit.lossfuncs.kl import MissingProbabilityHandling, sparse_kl_div
+    except ImportError:
+        python = python_of("distillkit")
+        if sys.executable == python or not Path(python).exists():
+            print("DistillKit not installed: python bench/install_peers.py distillkit")
+            return
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        subprocess.run([python, __file__, "inside"], env=environment, check=True)
+        return
+    for power in (1.1, 2.0):
+        log_probs = codecs(
+            power, tokens, words, LogprobCompressor, DistributionQuantizationConfig, sparse_kl_div, MissingProbabilityHandling
+        )
+    hidden, weight, _, _, labels = inputs(tokens, words, width)
+    values, ids = log_probs.topk(128)
+    signal, calls = TopK(ids, values, log_leftover(values)), {}
+    calls["stillroom 128 words and leftover"] = lambda: chunked_loss(hidden, weight, labels, signal).loss
+    for missing in MissingProbabilityHandling:
+        calls[f"DistillKit sparse KL 128, rest {missing.value}"] = lambda missing=missing: (
+            sparse_kl_div(linear(hidden, weight)[None], ids[None], values[None], missing=missing) / tokens
+        )
+    in_turn(calls, (hidden, weight))
+
+
+def codecs(power: float, tokens: int, words: int, compressor: Any, config: Any, sparse_kl: Any, rests: Any) -> Tensor:
+    """Print size, error and times of both on a teacher whose next words' probabilities fall with rank^-power; return its log-probs."""
+    torch.manual_seed(0)
+    ranks = torch.stack([torch.randperm(words) for _ in range(tokens)]) + 1
+    teacher = -power * ranks.log() + 0.5 * torch.randn(tokens, words)
+    student = 0.8 * teacher + 0.5 * torch.randn(tokens, words)
+    log_probs, truth = teacher.log_softmax(-1), divergence(teacher, student)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+
+    def line(name: str, size: float, seconds: tuple[float, float], values: Tensor) -> None:
+        gap = values - truth
+        times = "/".join(f"{1e6 * s / tokens:.0f}" for s in seconds)
+        print(f"{name:40s} {size:4.0f} bytes  mean error {gap.mean():+.4f}, per token {gap.abs().mean():.4f}  {times} us a token in/out")
+
+    print(f"probability ~ rank^-{power}: forward KL {truth.mean():.4f}")
+    shape = {"d": words, "exact_dtype": "bfloat16", "residual_bins": [], "delta_encoding": False}
+    large = shape | {"k": 128, "exact_k": 16, "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"]}
+    small = shape | {"k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"]}
+    for name, settings in {"recommended": large, "its t in [0, 1]": large | {"normalize_t": True}, "budget": small}.items():
+        codec = compressor(config(**settings))
+        packed, into = clocked(lambda codec=codec: codec.compress(log_probs[None]))
+        (ids, values), out = clocked(lambda codec=codec, packed=packed: codec.decompress_to_sparse(packed))
+        for missing in rests:
+            loss = partial(sparse_kl, missing=missing)
+            each = [loss(student[None, i : i + 1], ids[:, i : i + 1], values[:, i : i + 1].float()) for i in range(tokens)]
+            size = sum(part.shape[-1] for part in packed.values())
+            line(f"DistillKit {name}, rest {missing.value}", size, (into, out), torch.stack(each))
+    for kind, size in (("topk", 73), ("topk", 26), ("sampled", 148), ("sampled", 54)):
+        what, draws = Capture(kind, size), torch.Generator().manual_seed(0)  # type: ignore[arg-type]
+        columns = _columns(what, words, 0)
+        pack = lambda what=what, columns=columns, draws=draws: {
+            key: values.numpy().astype(columns[key][0]).tobytes() for key, values in _columns_of(log_probs, what, draws).items()
+        }
+        stored, into = clocked(pack)
+        read = lambda stored=stored, columns=columns: {
+            key: torch.from_numpy(np.frombuffer(stored[key], dtype).reshape(tokens, n).astype(np.int64 if key == "ids" else np.float32))
+            for key, (dtype, n) in columns.items()
+        }
+        got, out = clocked(read)
+        if kind == "topk":
+            found = TopK(got["ids"], got["log_probs"], got["log_tail"].squeeze(-1)).divergence(student, "forward_kl", 1.0)
+        else:
+            found = Sampled(got["ids"], torch.full(got["ids"].shape, 1 / size)).divergence(student, "forward_kl", 1.0) - entropy
+        line(f"stillroom {kind} {size}", sum(map(len, stored.values())) / tokens, (into, out), found)
+
+    return log_probs
+
+
+def clocked(call: Callable[[], Any]) -> tuple[Any, float]:
+    """A result, and the median CPU seconds of five calls."""
+    seconds = []
+    for _ in range(5):
+        start = time.process_time()
+        result = call()
+        seconds.append(time.process_time() - start)
+    return result, median(seconds)
 
 
 def cache(steps: int = 30) -> None:
@@ -177,7 +271,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["one"]:
         one(sys.argv[2], *map(int, sys.argv[3:6]))
+    elif sys.argv[1:2] == ["inside"]:
+        distillkit()
     else:
-        for name in sys.argv[1:] or ["memory", "peers", "cache", "kinds"]:
+        for name in sys.argv[1:] or ["memory", "peers", "distillkit", "cache", "kinds"]:
             print(f"-- {name}")
-            {"memory": memory, "peers": peers, "cache": cache, "kinds": kinds}[name]()
+            {"memory": memory, "peers": peers, "distillkit": distillkit, "cache": cache, "kinds": kinds}[name]()

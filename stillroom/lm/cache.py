@@ -6,8 +6,10 @@ A cache belongs to its teacher, tokenizer and exact token ids; its folder is nam
     sampled  n ids drawn with replacement from p^kappa and their weights         4n bytes, 2n when kappa = 1 (all weights 1/n)
     states   the teacher's last hidden states, exact up to float16               2d bytes, and the head once
     full     the log-probabilities of the whole vocabulary                       2V bytes
+    text     the log-probability of the text's own next token, in float32        4 bytes
 
-Ids are uint16 where they fit, numbers float16. The first two are bound to the temperature of the capture, the last two read at any.
+Ids are uint16 where they fit, numbers float16. topk and sampled are bound to the temperature of the capture, states and full read at any;
+text is the word for `stillroom.lm.crosstok`, at temperature 1.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from stillroom.lm.tokenizer import fingerprint
 from stillroom.metrics.modes import eval_mode
 from stillroom.store import write_atomic
 
-Kind = Literal["topk", "sampled", "states", "full"]
+Kind = Literal["topk", "sampled", "states", "full", "text"]
 Sequences = Sequence[Sequence[int]] | Tensor
 
 
@@ -95,8 +97,15 @@ class TeacherCache:
             case "states":
                 self._head = self._head or load_file(self.folder / "head.safetensors")
                 return Head(got["states"].float(), self._head["weight"].float(), self._head.get("bias"))
-            case _:
+            case "full":
                 return Dense(got["log_probs"].float())
+            case _:
+                raise UserError("A cache of kind 'text' holds no distributions: read its log_probs.")
+
+    def log_probs(self, indices: Sequence[int]) -> Tensor:
+        """Kind text: log-probabilities of all tokens after the first of each sequence, one sequence after the other."""
+        rows = np.concatenate([np.arange(self._starts[i], self._starts[i + 1]) for i in indices])
+        return torch.from_numpy(np.asarray(self._columns["text"][rows])).squeeze(-1)
 
     def check(self, *, tokenizer: Any = None, sequences: Sequences | None = None) -> TeacherCache:
         """Itself, or a UserError when the student's tokenizer or text is not the one captured."""
@@ -211,13 +220,17 @@ def _read(teacher: nn.Module, part: list[Tensor], what: Capture, words: int, gen
     if what.kind == "states":
         return {"states": states.float().cpu()}
     head = teacher.get_output_embeddings()  # type: ignore[operator]
+    following = ids[:, 1:][mask[:, 1:].bool()]
     chunks = [
-        _columns_of((head(rows)[:, :words].float() / what.temperature).log_softmax(-1), what, generator) for rows in states.split(256)
+        _columns_of((head(rows)[:, :words].float() / what.temperature).log_softmax(-1), what, generator, label)
+        for rows, label in zip(states.split(256), following.split(256))
     ]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def _columns_of(log_probs: Tensor, what: Capture, generator: torch.Generator) -> dict[str, Tensor]:
+def _columns_of(log_probs: Tensor, what: Capture, generator: torch.Generator, following: Tensor | None = None) -> dict[str, Tensor]:
+    if following is not None and what.kind == "text":
+        return {"text": log_probs.gather(-1, following.unsqueeze(-1)).cpu()}
     if what.kind == "full":
         return {"log_probs": log_probs.clamp(min=-60_000).cpu()}  # -inf would survive, but not a float16 overflow
     if what.kind == "topk":
@@ -238,10 +251,12 @@ def _columns(what: Capture, words: int, width: int) -> dict[str, tuple[str, int]
             return {"ids": (ids, what.size), "log_probs": (number, what.size), "log_tail": (number, 1)}
         case "sampled":
             return {"ids": (ids, what.size)} | ({} if what.kappa == 1 else {"weights": (number, what.size)})
-        case "states" | "full" if what.temperature != 1:
-            raise UserError(f"A cache of kind {what.kind!r} can be read at any temperature: capture it at 1.")
+        case "states" | "full" | "text" if what.temperature != 1:
+            raise UserError(f"A cache of kind {what.kind!r} is captured at temperature 1.")
         case "states":
             return {"states": (number, width)}
+        case "text":
+            return {"text": ("<f4", 1)}
         case _:
             return {"log_probs": (number, words)}
 

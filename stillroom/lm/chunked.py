@@ -2,7 +2,8 @@
 
 The loss is the last operation, so its gradients are made in the forward pass: a chunk of rows gets its logits, its loss, the gradient
 with respect to these logits and from it those of states and head; then the logits are dropped (Liger-Kernel's way, in plain torch).
-Rows that no loss trains are left out altogether. Memory is a few times a chunk of logits.
+Rows that no loss trains are left out altogether. Memory is a few times a chunk of logits. Cross-entropy and forward KL have their
+gradients in closed form, q - p, made in place; every other divergence asks autograd for the chunk.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
-from stillroom.lm.signals import Signal, Temperature
-from stillroom.losses.tokens import IGNORE, Divergence
+from stillroom.lm.signals import ClosedForm, Signal, Temperature
+from stillroom.losses.tokens import IGNORE, Divergence, tempered
 
 CHUNK_VALUES = 2**23
 
@@ -58,6 +60,20 @@ def chunked_loss(
     return Chunked(loss, ce, kd, torch.as_tensor(len(kept)))
 
 
+def token_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor, *, rows: int | None = None) -> Tensor:
+    """log softmax(hidden weight^T)[label]: hidden (N, d), weight (V, d), labels (N,) -> (N,), for losses that join tokens.
+
+    A chunk's logits are made again in the backward pass.
+    """
+
+    def part(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return tempered(linear(hidden.to(weight.dtype), weight)).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+    rows = rows or max(1, CHUNK_VALUES // len(weight))
+    chunks = ((states, weight, wanted) for states, wanted in zip(hidden.split(rows), labels.split(rows)))
+    return torch.cat([checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -71,25 +87,24 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wants_bias else None
         sums = torch.zeros(2, dtype=exact, device=hidden.device)
         ce_weight, kd_weight = weights
-        for chunk in kept.split(rows):
+        for chunk in kept.split(rows) if any(weights) else ():
             part = hidden[chunk].to(weight.dtype)  # under autocast the states are bfloat16 and the head is not
-            logits = linear(part, weight, bias).to(exact).requires_grad_()
-            heat = temperature[chunk].to(exact) if isinstance(temperature, Tensor) else temperature
-            with torch.enable_grad():
-                scalar = logits.new_zeros(())
-                if ce_weight:
-                    ce = cross_entropy(logits, labels[chunk], reduction="sum")
-                    scalar = scalar + ce_weight * ce
-                    sums[0] += ce.detach()
-                if kd_weight and signal is not None:
-                    values = signal[chunk].divergence(logits, kind, heat)
-                    kd = (values * heat**2 if times_t2 else values).sum()
-                    scalar = scalar + kd_weight * kd
-                    sums[1] += kd.detach()
-                if not scalar.requires_grad or not any(ctx.needs_input_grad[:3]):
-                    continue
-                (slope,) = torch.autograd.grad(scalar, logits)
-            slope /= total
+            logits = linear(part, weight, bias).to(exact)
+            slope: Tensor | None = None
+            if ce_weight:
+                ce, slope = _cross_entropy(logits, labels[chunk])
+                sums[0] += ce
+                slope *= ce_weight / total
+            if kd_weight and signal is not None:
+                heat = temperature[chunk].to(exact) if isinstance(temperature, Tensor) else temperature
+                values, kd_slope = _divergence(signal[chunk], logits, kind, heat)
+                square = heat**2 if times_t2 else 1.0
+                sums[1] += (values * square).sum()
+                scale = kd_weight / total * square
+                kd_slope *= scale.unsqueeze(-1) if scale.dim() else scale
+                slope = kd_slope if slope is None else slope.add_(kd_slope)
+            if slope is None:
+                continue
             if grad_hidden is not None:
                 grad_hidden[chunk] = (slope.to(weight.dtype) @ weight).to(hidden.dtype)
             if grad_weight is not None:
@@ -107,5 +122,30 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        grads = tuple(None if grad is None else grad * slopes[0].to(grad.dtype) for grad in ctx.grads)
-        return (*grads, *[None] * 9)
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("the gradients of a chunked loss were made with it and are used up: call it again")
+        return (*(None if grad is None else grad.mul_(slopes[0]) for grad in grads), *[None] * 9)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the rows, and its gradient q - onehot(y) (n, V)."""
+    log_q, labels = logits.log_softmax(-1), labels.unsqueeze(-1)
+    value = -log_q.gather(-1, labels).sum()
+    return value, log_q.exp_().scatter_add_(-1, labels, log_q.new_tensor(-1.0).expand(labels.shape))
+
+
+def _divergence(signal: Signal, logits: Tensor, kind: Divergence, temperature: Temperature) -> tuple[Tensor, Tensor]:
+    """Values (n,), and the gradient (n, V) of their sum. May overwrite the logits."""
+    if kind != "forward_kl" or not isinstance(signal, ClosedForm):
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            values = signal.divergence(logits, kind, temperature)
+            (slope,) = torch.autograd.grad(values.sum(), logits)
+        return values.detach(), slope.contiguous()
+    values, slope = signal.forward_kl(logits, temperature)
+    if isinstance(temperature, Tensor):
+        slope /= temperature.unsqueeze(-1)
+    elif temperature != 1:
+        slope /= temperature
+    return values, slope

@@ -1,16 +1,18 @@
 """What a language teacher says about N positions: dense logits, states with a head, top-k with the leftover mass, or samples.
 
 Every signal slices by rows and answers `divergence(student_logits, kind, temperature)` with one value per row, so that the
-chunked loss needs to know none of them.
+chunked loss needs to know none of them. Those that know the gradient of their forward KL give it with the value, `forward_kl`, in the
+memory of the student's logits: a fresh block of memory costs more than the arithmetic on it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from stillroom.errors import UserError
 from stillroom.losses.tokens import Divergence, divergence, tempered
@@ -28,6 +30,15 @@ class Signal(Protocol):
         ...
 
 
+@runtime_checkable
+class ClosedForm(Protocol):
+    """A signal that knows the gradient of its forward KL."""
+
+    def forward_kl(self, student: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
+        """Values (n,), and the gradient (n, V) of their sum with respect to student / temperature. Overwrites the logits."""
+        ...
+
+
 @dataclass(frozen=True)
 class Dense:
     """Teacher logits (N, V). Words beyond the shorter vocabulary are padding of the embedding matrix: `same_vocabulary` drops them."""
@@ -41,6 +52,9 @@ class Dense:
         teacher, student = same_vocabulary(self.logits, student)
         return divergence(teacher, student, kind, temperature)
 
+    def forward_kl(self, student: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
+        return _dense_forward_kl(self.logits.clone(), student, temperature)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -53,10 +67,17 @@ class Head:
     def __getitem__(self, rows: slice | Tensor) -> Head:
         return Head(self.hidden[rows], self.weight, self.bias)
 
-    def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
+    @property
+    def logits(self) -> Tensor:
+        """(N, V), made anew each time."""
         with torch.no_grad():
-            logits = torch.nn.functional.linear(self.hidden.to(self.weight), self.weight, self.bias)
-        return Dense(logits).divergence(student, kind, temperature)
+            return linear(self.hidden.to(self.weight), self.weight, self.bias)
+
+    def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
+        return Dense(self.logits).divergence(student, kind, temperature)
+
+    def forward_kl(self, student: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
+        return _dense_forward_kl(self.logits, student, temperature)
 
 
 @dataclass(frozen=True)
@@ -79,7 +100,20 @@ class TopK:
         _same_temperature(temperature, self.temperature)
         head = tempered(student, temperature).log_softmax(-1).gather(-1, self.ids.long())
         student = torch.cat([head, log_leftover(head).unsqueeze(-1)], -1)
-        return divergence(torch.cat([self.log_probs, self.log_tail.unsqueeze(-1)], -1).to(head), student, kind)
+        return divergence(self._buckets(head), student, kind)
+
+    def forward_kl(self, student: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
+        """With leftovers p_r and q_r the gradient is q - p on the head, (1 - p_r / q_r) q elsewhere."""
+        _same_temperature(temperature, self.temperature)
+        log_q, ids = _log_softmax_(student, temperature), self.ids.long()
+        head = log_q.gather(-1, ids)
+        said, heard = self._buckets(head), torch.cat([head, log_leftover(head).unsqueeze(-1)], -1)
+        p = said.softmax(-1)
+        slope = log_q.exp_().mul_(1 - (p / heard.exp())[:, -1:])
+        return divergence(said, heard), slope.scatter_(-1, ids, head.exp() - p[:, :-1])
+
+    def _buckets(self, like: Tensor) -> Tensor:
+        return torch.cat([self.log_probs, self.log_tail.unsqueeze(-1)], -1).to(like)
 
 
 @dataclass(frozen=True)
@@ -102,6 +136,32 @@ class Sampled:
         _same_temperature(temperature, self.temperature)
         log_q = tempered(student, temperature).log_softmax(-1).gather(-1, self.ids.long())
         return -(self.weights.to(log_q) * log_q).sum(-1)
+
+    def forward_kl(self, student: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
+        _same_temperature(temperature, self.temperature)
+        log_q = _log_softmax_(student, temperature)
+        ids, weights = self.ids.long(), self.weights.to(log_q)
+        values = -(weights * log_q.gather(-1, ids)).sum(-1)
+        return values, log_q.exp_().mul_(weights.sum(-1, keepdim=True)).scatter_add_(-1, ids, -weights)
+
+
+def _log_softmax_(logits: Tensor, temperature: Temperature) -> Tensor:
+    """log softmax(logits / temperature) over the last dimension, in the memory of float logits."""
+    logits = tempered(logits, temperature)
+    return torch.log_softmax(logits, -1, out=logits)
+
+
+def _dense_forward_kl(teacher: Tensor, student: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
+    """Gradient q - p, zero for the student's words beyond the vocabulary. A word that a side excludes costs nothing where p is zero."""
+    width = student.shape[-1]
+    ratio, log_q = (_log_softmax_(logits, temperature) for logits in same_vocabulary(teacher, student))
+    p = ratio.exp()
+    ratio -= log_q
+    values = torch.linalg.vecdot(p, ratio)
+    if values.isnan().any():  # 0 times infinity
+        values = torch.linalg.vecdot(p, ratio.masked_fill_(p == 0, 0.0))
+    slope = log_q.exp_().sub_(p)
+    return values, pad(slope, (0, width - slope.shape[-1])) if slope.shape[-1] < width else slope
 
 
 def log_leftover(head: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from stillroom.data.sequences import Rows, windows
 from stillroom.errors import UserError
 from stillroom.lm.generate import generate
+from stillroom.lm.tokenizer import encode_with_offsets
 from stillroom.lm.traces import Trace, read, tokenize
 
 
@@ -33,15 +35,30 @@ def read_rows(path: str, tokenizer: Any, length: int) -> Rows:
 
     UserError for a missing file, a broken line (named), or when nothing within `length` tokens is trained.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file; give a text file or a .jsonl file.")
-    if not path.endswith(".jsonl"):
+    if not _is_chats(path):
         return Rows.plain(windows(tokenizer.encode(Path(path).read_text(encoding="utf-8"), add_special_tokens=False), length))
     rows = [tokenize(tokenizer, trace) for trace in chats(path)]
     kept = [(ids[:length], labels[:length]) for ids, labels in rows if any(label != -100 for label in labels[1:length])]
     if not kept:
         raise UserError(f"{path}: no conversation has a trained token among its first {length}: raise --length.")
     return Rows.of(kept, length)
+
+
+def read_texts(path: str, tokenizer: Any, length: int) -> list[str] | list[Trace]:
+    """What `read_rows` reads, as text for any tokenizer: a text file in pieces of `length` tokens of this one, or its conversations."""
+    if _is_chats(path):
+        return chats(path)
+    text = Path(path).read_text(encoding="utf-8")
+    _, offsets = encode_with_offsets(tokenizer, text)
+    cuts = [start for start, _ in offsets[::length]] + [len(text)] * (len(offsets) % length == 0)
+    windows(range(len(offsets)), length)  # at least one
+    return [text[a:b] for a, b in pairwise(cuts)]
+
+
+def _is_chats(path: str) -> bool:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file; give a text file or a .jsonl file.")
+    return path.endswith(".jsonl")
 
 
 def chats(path: str) -> list[Trace]:

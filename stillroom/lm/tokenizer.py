@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from stillroom.errors import UserError
@@ -29,6 +31,13 @@ class Characters:
         made = cls("")
         made._set(list(words))
         return made
+
+    def with_pairs(self, texts: Iterable[Sequence[int]], count: int) -> Characters:
+        """Another tokenizer, of these words and the `count` commonest pairs of characters in `texts` (ids), which it prefers."""
+        found: Counter[str] = Counter()
+        for ids in texts:
+            found.update(a + b for a, b in pairwise(self.words[i] for i in ids) if len(a) == len(b) == 1)
+        return Characters.of([*self.words, *(pair for pair, _ in found.most_common(count))])
 
     def _set(self, words: list[str]) -> None:
         self.words = words

@@ -103,11 +103,11 @@ def render(tokenizer: Any, messages: Messages, *, reply: bool = False) -> str:
     return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=reply)
 
 
-def tokenize(tokenizer: Any, trace: Trace) -> tuple[list[int], list[int]]:
-    """Ids and labels (unshifted; -100 on context) of a trace under any chat template.
+def rendered(tokenizer: Any, trace: Trace) -> tuple[str, list[tuple[int, int]]]:
+    """A trace as text under any chat template, and the characters (start, stop) of its trained messages.
 
-    A trained message's tokens run from after its header through its end-of-turn token. Both places are found by rendering the
-    conversation up to each message, so a template that rewrites earlier turns is refused rather than masked wrongly.
+    They run from after a message's header through its end of turn. Both places are found by rendering the conversation up to each message,
+    so a template that rewrites earlier turns is refused rather than masked wrongly.
     """
     messages = trace.messages()
     text = render(tokenizer, messages)
@@ -123,9 +123,20 @@ def tokenize(tokenizer: Any, trace: Trace) -> tuple[list[int], list[int]]:
                     "use a template that only appends, or one trace per reply."
                 )
             spans.append((len(header), len(through.rstrip())))
+    return text, spans
+
+
+def tokenize(tokenizer: Any, trace: Trace) -> tuple[list[int], list[int]]:
+    """Ids and labels (unshifted; -100 on context) of a trace: see `rendered`."""
+    text, spans = rendered(tokenizer, trace)
     ids, offsets = encode_with_offsets(tokenizer, text)
+    return ids, labels_within(ids, offsets, spans)
+
+
+def labels_within(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The ids whose characters lie inside a span, -100 elsewhere."""
     inside = [any(start <= a and b <= stop and b > a for start, stop in spans) for a, b in offsets]
-    return ids, [token if kept else IGNORE for token, kept in zip(ids, inside)]
+    return [token if kept else IGNORE for token, kept in zip(ids, inside)]
 
 
 def collate(rows: Sequence[tuple[list[int], list[int]]], *, pad: int = 0, context: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

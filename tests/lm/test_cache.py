@@ -107,10 +107,24 @@ def test_other_text_or_another_tokenizer_is_refused(tmp_path, model, tokenizer, 
         cache.check(sequences=[*sequences[:-1], sequences[-1][::-1]])
 
 
+@pytest.mark.parametrize("which", ["model", "llama"])
+def test_the_text_itself_has_its_log_probabilities(tmp_path, tokenizer, sequences, which, request):
+    teacher = request.getfixturevalue(which)
+    cache = make(tmp_path, teacher, tokenizer, sequences, kind="text")
+    assert cache.bytes_per_token == 4
+    wanted = []
+    for i in (3, 0):
+        rows, ids = teacher_rows(teacher, sequences[i]).log_softmax(-1), torch.tensor(sequences[i][1:])
+        wanted.append(rows.gather(-1, ids[:, None]).squeeze(-1))
+    torch.testing.assert_close(cache.log_probs([3, 0]), torch.cat(wanted))
+    with pytest.raises(UserError, match="no distributions"):
+        cache.signal([0])
+
+
 def test_impossible_captures_are_explained(tmp_path, model, tokenizer):
     with pytest.raises(UserError, match="leave no rest"):
         make(tmp_path, model, tokenizer, [[3, 4]], size=len(tokenizer))
-    with pytest.raises(UserError, match="any temperature"):
+    with pytest.raises(UserError, match="at temperature 1"):
         make(tmp_path, model, tokenizer, [[3, 4]], kind="full", temperature=2.0)
     with pytest.raises(UserError, match="two tokens"):
         make(tmp_path, model, tokenizer, [[3]])

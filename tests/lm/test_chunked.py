@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from stillroom.errors import UserError
-from stillroom.lm.chunked import chunked_loss
+from stillroom.lm.chunked import chunked_loss, token_log_probs
 from stillroom.lm.signals import Dense, Head, Sampled, TopK, log_leftover
 from stillroom.losses.tokens import BY_NAME, IGNORE, divergence, tempered, token_mean
 
@@ -91,6 +91,72 @@ def test_a_temperature_per_row_and_no_teacher():
     plain = chunked_loss(leaves[0], leaves[1], labels, ce_weight=1.0)
     close(plain.loss, cross_entropy(linear(*leaves[:2]), labels, ignore_index=IGNORE))
     assert plain.kd.item() == 0.0
+
+
+def test_closed_forms_leave_their_inputs_alone_and_their_gradients_serve_once():
+    leaves, teacher, labels = case()
+    dense = linear(*teacher)
+    before = dense.clone()
+    got = chunked_loss(leaves[0], leaves[1], labels, Dense(dense), ce_weight=0.5)
+    close(got.loss, naive(leaves, teacher, labels, "forward_kl", 1.0, 0.5, 1.0, bias=False))
+    assert torch.equal(dense, before)
+    got.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used up"):
+        got.loss.backward()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("stored", ["topk", "cut", "all", "sampled"])
+def test_stored_signals_give_the_gradient_of_their_own_values(stored, temperature):
+    torch.manual_seed(0)
+    z = torch.randn(7, 13, dtype=torch.float64, requires_grad=True)
+    log_probs, ids = (2 * torch.randn(7, 13, dtype=torch.float64)).log_softmax(-1).topk(12 if stored == "all" else 4)
+    tail = torch.full((7,), -torch.inf) if stored == "cut" else log_leftover(log_probs)
+    signal = TopK(ids, log_probs, tail, temperature)
+    if stored == "sampled":
+        signal = Sampled(torch.randint(13, (7, 20)), torch.rand(7, 20, dtype=torch.float64) / 20, temperature)
+    want = signal.divergence(z, "forward_kl", temperature)
+    values, slope = signal.forward_kl(z.detach().clone(), temperature)
+    torch.testing.assert_close(values, want)
+    torch.testing.assert_close(slope / temperature, torch.autograd.grad(want.sum(), z)[0])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_token_log_probs_and_their_gradients(rows):
+    leaves, _, _ = case()
+    labels = torch.arange(11)
+    want = linear(*leaves[:2]).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    got = token_log_probs(*leaves[:2], labels, rows=rows)
+    close(got, want)
+    slope = torch.randn(11)
+    for ours, theirs in zip(torch.autograd.grad(got, leaves[:2], slope), torch.autograd.grad(want, leaves[:2], slope)):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_words_that_one_side_excludes_or_lacks(temperature):
+    leaves, teacher, labels = case(ignored=0)
+    dense = linear(*teacher)[:, :11]  # the student's last two words are padding
+    dense[:, 3] = -torch.inf
+    labels[labels == 4] = 5
+    offset = torch.zeros(13)
+    offset[4], dense[:, 4] = -torch.inf, -torch.inf
+    logits = linear(leaves[0], leaves[1], offset)
+    seen = [i for i in range(11) if i != 4]
+    log_p, log_q = (dense / temperature)[:, seen].log_softmax(-1), (logits / temperature)[:, seen].log_softmax(-1)
+    kd = (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)).sum(-1).mean()
+    want = torch.autograd.grad(cross_entropy(logits, labels) + kd, leaves[:2])
+    got = chunked_loss(leaves[0], leaves[1], labels, Dense(dense), bias=offset, ce_weight=1.0, temperature=temperature, rows=4)
+    close(got.kd, kd)
+    for ours, theirs in zip(torch.autograd.grad(got.loss, leaves[:2]), want):
+        close(ours, theirs)
+
+
+def test_any_function_of_the_logits_may_be_the_divergence():
+    leaves, teacher, labels = case()
+    far = lambda p, q: q.sum(-1)  # its gradient is one number, expanded
+    got = torch.autograd.grad(chunked_loss(leaves[0], leaves[1], labels, Head(*teacher), kind=far).loss, leaves[0])[0]
+    close(got, torch.autograd.grad(token_mean(far(None, linear(*leaves[:2])), labels), leaves[0])[0])
 
 
 def test_weight_gradient_accumulates_in_float32():

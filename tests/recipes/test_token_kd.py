@@ -8,8 +8,9 @@ import torch
 from stillroom import catalogue
 from stillroom.data.sequences import Rows, shuffled, windows
 from stillroom.errors import UserError
+from stillroom.lm.crosstok import Read
 from stillroom.lm.teachers import load_causal
-from stillroom.lm.text import chats, continued, head, read_rows, states
+from stillroom.lm.text import chats, continued, head, read_rows, read_texts, states
 from stillroom.recipes.language import token_kd as recipe
 from stillroom.run import Run
 from stillroom.store import Store
@@ -22,7 +23,7 @@ def test_every_arm_end_to_end(tmp_path, arm):
     config = catalogue.config_of(recipe, arm, recipe.Config(**SMALL))
     with Run(tmp_path / "run", 0, store=Store(tmp_path / "store")) as run:
         metrics = catalogue.execute("token-kd", config, run, arm=arm)["metrics"]
-    assert {"nll", "perplexity", "kl", "own_kl"} <= metrics.keys()
+    assert {"nll", "perplexity", *(("group_kl",) if arm.startswith("other tokens") else ("kl", "own_kl"))} <= metrics.keys()
     assert all(torch.isfinite(torch.tensor(list(metrics.values()))))
     load_causal(f"run:{tmp_path / 'run'}")
 
@@ -128,9 +129,90 @@ def test_bad_data_is_explained(tmp_path, real, tokenizer):
             recipe.main(config, run)
 
 
-def test_a_student_with_another_tokenizer_is_refused(tmp_path, real, tokenizer, model):
-    from stillroom.lm.teachers import save_causal
+@pytest.fixture
+def foreign(real):
+    """A two-layer Llama whose tokenizer has other merges, other special words and another chat template."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    save_causal(model, tokenizer, tmp_path)
+    torch.manual_seed(1)
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(["it is it is 12 and 14 and", "it is"], trainer)
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", bos_token="<s>",
+        chat_template="<s>{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+    )  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=96, eos_token_id=1, bos_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(real / "foreign")
+    words.save_pretrained(real / "foreign")
+    (real / "text.txt").write_text("it is naïve, and 日本 is über 🙂 done. " * 20, encoding="utf-8")
+    return real
+
+
+@pytest.mark.parametrize("data", ["qa.jsonl", "text.txt"])
+@pytest.mark.parametrize(("signal", "ce_weight"), [("byte-groups", 0.0), ("uld", 1.0)])
+def test_two_saved_models_with_different_tokenizers(foreign, data, signal, ce_weight, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = {name: load_causal(f"hf:{foreign / name}")[1] for name in ("teacher", "foreign")}
+    fed = {"teacher": [], "foreign": []}  # the texts that each model was given
+
+    def watched(spec, **kwargs):
+        net, own = load_causal(spec, **kwargs)
+        name = spec.rpartition("/")[2]
+        net.register_forward_pre_hook(lambda _, __, given: fed[name].extend(given["input_ids"].tolist()), with_kwargs=True)
+        net.model.register_forward_pre_hook(lambda _, __, given: fed[name].extend(given["input_ids"].tolist()), with_kwargs=True)
+        return net, own
+
+    monkeypatch.setattr(recipe, "load_causal", watched)
+    config = recipe.Config(
+        **{**SMALL, "length": 40}, data=str(foreign / data), teacher=f"hf:{foreign / 'teacher'}", student=f"hf:{foreign / 'foreign'}",
+        signal=signal, ce_weight=ce_weight,
+    )  # fmt: skip
+    with Run(foreign / "run", 0, store=Store(foreign / "store")) as run:
+        metrics = recipe.main(config, run)
+    assert metrics["group_kl"] > 0
+    texts = read_texts(str(foreign / data), words["foreign"], 40)
+    for name, rows in fed.items():
+        own = [Read.of(words[name], text).ids[: {"teacher": 64, "foreign": 40}[name]] for text in texts]
+        assert rows
+        for row in rows:
+            assert any(row == ids + [0] * (len(row) - len(ids)) for ids in own)
+    student, own = (kind.from_pretrained(foreign / "run" / "student") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert student.config.vocab_size == len(own)
+
+
+def test_what_cannot_be_asked_across_tokenizers_is_explained(foreign):
+    teacher, own = (load_causal(f"hf:{foreign / name}")[1] for name in ("teacher", "foreign"))
+    ask = lambda **flags: recipe.crosses(recipe.Config(**flags), own, teacher)
+    with pytest.raises(UserError, match=r"--signal byte-groups .* or --signal uld"):
+        ask()
     with pytest.raises(UserError, match="different tokenizers"):
-        recipe.find_student(recipe.Config(student=f"run:{tmp_path}"), model, load_causal(f"hf:{real / 'teacher'}")[1])
+        ask(mode="on-policy", kd_weight=0.0)
+    with pytest.raises(UserError, match="different tokenizers"):
+        ask(mode="sequence", signal="uld", ce_weight=1.0)
+    with pytest.raises(UserError, match="--mode word"):
+        recipe.crosses(recipe.Config(mode="sequence", signal="byte-groups"), own, own)
+    with pytest.raises(UserError, match="no temperature"):
+        ask(signal="byte-groups", temperature=2.0)
+    with pytest.raises(UserError, match="--ce-weight"):
+        ask(signal="uld")
+    assert ask(kd_weight=0.0, ce_weight=1.0)
+    assert ask(signal="byte-groups")
+    assert not recipe.crosses(recipe.Config(), own, own)
+    with pytest.raises(UserError, match="for small teachers"):
+        recipe.find_student(recipe.Config(student="pairs:4"), None, teacher, 0)
+
+
+def test_pieces_of_a_text_are_whole_characters_and_lose_only_the_ragged_end(foreign):
+    own, text = load_causal(f"hf:{foreign / 'foreign'}")[1], (foreign / "text.txt").read_text(encoding="utf-8")
+    pieces = read_texts(str(foreign / "text.txt"), own, 7)
+    assert text.startswith("".join(pieces))
+    assert len(own.encode(text[len("".join(pieces)) :], add_special_tokens=False)) <= 8
+    assert read_texts(str(foreign / "qa.jsonl"), own, 7)[0].segments[1].text == "it is 0"

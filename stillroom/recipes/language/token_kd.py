@@ -8,6 +8,10 @@
 The teacher's word on a fixed corpus is captured once into a cache and read from there: the k likeliest words with the leftover mass as
 one more, or sampled words, or its states. Logits are made a chunk of positions at a time and never held.
 
+A student with another tokenizer learns, in word mode, from what both mean on the same bytes (`stillroom.lm.crosstok`): `byte-groups`, the
+likelihoods of groups of tokens that cover the same bytes, or `uld`, the sorted probabilities where a group begins. ULD's paper compares the
+t-th positions of both instead, whatever text they have reached.
+
 Exact: losses, masks by predicted token, full-distribution divergences on-policy, end tokens trained once. Shrunk: networks and data.
 Students are saved for `from_pretrained` of their own library.
 """
@@ -30,11 +34,11 @@ from stillroom.data.sequences import BackCopy, Rows, shuffled
 from stillroom.errors import UserError
 from stillroom.lm.cache import Capture, TeacherCache, capture
 from stillroom.lm.chunked import chunked_loss
-from stillroom.lm.crosstok import require_same
+from stillroom.lm.crosstok import Paired, group_divergence, group_loss, require_same
 from stillroom.lm.signals import Head, Signal, TopK
 from stillroom.lm.teachers import fewer_layers, load_causal, save_causal
-from stillroom.lm.text import continued, head, read_rows, states
-from stillroom.lm.tokenizer import Characters, Known
+from stillroom.lm.text import continued, head, read_rows, read_texts, states
+from stillroom.lm.tokenizer import Characters, Known, fingerprint
 from stillroom.losses.tokens import Name, align
 from stillroom.metrics.modes import eval_mode
 from stillroom.nets.decoder import Decoder
@@ -64,14 +68,16 @@ class Config:
     teacher_steps: Count = 500
     teacher_optimizer: Optimizer = Optimizer("adamw", 5e-3, weight_decay=0.1, beta2=0.95, schedule="cosine", warmup=50, clip=1.0)
     student: str = "small"
-    """small, hf:ID-or-folder, or layers:N for N of the teacher's layers, started from it."""
+    """small, hf:ID-or-folder, layers:N for N of the teacher's layers, started from it, or pairs:N, a small one whose tokenizer has the N
+    commonest pairs of the teacher's words as well."""
     student_width: Count = 32
     student_layers: Count = 1
     mode: Literal["word", "sequence", "on-policy"] = "word"
     kind: Name = "forward_kl"
     """The divergence D."""
-    signal: Literal["topk", "topk-cut", "sampled", "states", "full", "online"] = "topk"
-    """Where the teacher's word comes from; topk-cut drops the leftover mass (biased, for comparison), online asks it at every step."""
+    signal: Literal["topk", "topk-cut", "sampled", "states", "full", "online", "byte-groups", "uld"] = "topk"
+    """Where the teacher's word comes from; topk-cut drops the leftover mass (biased, for comparison), online asks it at every step.
+    byte-groups and uld are for a student with another tokenizer."""
     signal_size: Count = 8
     """Words kept per token by topk and sampled."""
     temperature: Positive = 1.0
@@ -106,6 +112,9 @@ ARMS = {
     "word, sampled": {"signal": "sampled", "signal_size": 12},
     "sequence": {"mode": "sequence"},
     "on-policy": {"mode": "on-policy"},
+    "other tokens, plain": {"student": "pairs:64", "kd_weight": 0.0, "ce_weight": 1.0},
+    "other tokens, byte groups": {"student": "pairs:64", "signal": "byte-groups"},
+    "other tokens, uld": {"student": "pairs:64", "signal": "uld", "ce_weight": 1.0},
 }
 CLAIMS = [
     Claim("a teacher's distributions on the same few sentences make a better language model", "nll", "word", "plain", "lower"),
@@ -116,22 +125,34 @@ CLAIMS = [
     Claim("text that the teacher writes is worth more than the few sentences", "nll", "sequence", "plain", "lower"),
     Claim("on its own text, the student trained there is closer to the teacher", "own_kl", "on-policy", "word", "lower",
           paper="GKD beats supervised KD on XSum, WMT and GSM8K"),
+    Claim("to a student with another tokenizer, the teacher's likelihoods of groups of bytes are worth more than the few sentences",
+          "nll", "other tokens, byte groups", "other tokens, plain", "lower"),
+    Claim("so are its sorted probabilities beside the sentences", "nll", "other tokens, uld", "other tokens, plain", "lower"),
 ]  # fmt: skip
 
 
-def main(cfg: Config, run: Run, *, teacher: tuple[nn.Module, Any] | None = None, student: nn.Module | None = None) -> dict[str, float]:
-    """Teacher, cache, student, metrics. `teacher` (a model and its tokenizer) and `student` replace what the config names."""
+def main(
+    cfg: Config, run: Run, *, teacher: tuple[nn.Module, Any] | None = None, student: nn.Module | tuple[nn.Module, Any] | None = None
+) -> dict[str, float]:
+    """Teacher, cache, student, metrics. `teacher` (a model and its tokenizer) and `student` (a model, and its tokenizer if it has another)
+    replace what the config names."""
     model, tokenizer = teacher or find_teacher(cfg, run)
     model = run.frozen(model)
-    train, test = corpus(cfg, tokenizer, run.seed)
-    room = getattr(getattr(model, "config", None), "max_position_embeddings", cfg.length)
-    if room < train.ids.shape[1]:
-        raise UserError(f"Sequences of {train.ids.shape[1]} tokens exceed the teacher's context of {room}: lower --length.")
-    exact = capture(run.store.folder, model, tokenizer, test.lists(), Capture("states"), progress=run.progress)
-    student = student or find_student(cfg, model, tokenizer)
+    if student is None:
+        student = find_student(cfg, model, tokenizer, run.seed)
+    student, own = student if isinstance(student, tuple) else (student, tokenizer)
+    pairs = corpus_pairs(cfg, model, tokenizer, own, run.seed) if crosses(cfg, own, tokenizer) else None
+    train, test = (pairs[0].student, pairs[1].student) if pairs else corpus(cfg, tokenizer, run.seed)
+    for who, net in (("student", student),) if pairs else (("teacher", model), ("student", student)):
+        if (room := context(net, cfg.length)) < train.ids.shape[1]:
+            raise UserError(f"Sequences of {train.ids.shape[1]} tokens exceed the {who}'s context of {room}: lower --length.")
+    exact = None if pairs else capture(run.store.folder, model, tokenizer, test.lists(), Capture("states"), progress=run.progress)
     if cfg.mode == "sequence":
         train = written(cfg, run, model, tokenizer, train)
-    signal, cache = word_signal(cfg, run, model, tokenizer, train)
+    keep = lambda kind, part: capture(run.store.folder, model, tokenizer, part.teacher.lists(), Capture(kind), progress=run.progress)
+    said = keep("states" if cfg.signal == "uld" else "text", pairs[0]) if pairs and cfg.kd_weight else None
+    across = group_loss(said, pairs[0], cfg.ce_weight, cfg.kd_weight, cfg.temperature) if pairs else None
+    signal, cache = (lambda index, batch: None, said) if pairs else word_signal(cfg, run, model, tokenizer, train)
 
     net, optimizer = run.trainable("student", student, cfg.optimizer)
     started, seen = time.monotonic(), 0
@@ -139,13 +160,13 @@ def main(cfg: Config, run: Run, *, teacher: tuple[nn.Module, Any] | None = None,
         index = run.shard(shuffled(len(train), cfg.batch_size, run.seed, step))
         batch = train.take(index.cpu())
         if cfg.mode == "on-policy" and torch.rand(()) < cfg.own_text:
-            student, prompts = run.unwrap(net), batch.prompts()
-            batch = continued(student, tokenizer, prompts, max_new_tokens=longest(cfg, batch), temperature=cfg.sampling_temperature)
+            writer, prompts = run.unwrap(net), batch.prompts()
+            batch = continued(writer, tokenizer, prompts, max_new_tokens=longest(cfg, batch), temperature=cfg.sampling_temperature)
             teacher_says: Signal | None = online(model, batch)
         else:
             teacher_says = signal(index, batch)
         hidden, labels = align(states(net, batch), batch.labels.to(run.device))
-        out = chunked_loss(
+        out = across(hidden, head(run.unwrap(net)), labels, index) if across else chunked_loss(
             hidden, head(run.unwrap(net)), labels, teacher_says, ce_weight=1.0 if cfg.mode == "sequence" else cfg.ce_weight,
             kd_weight=cfg.kd_weight, kind=cfg.kind, temperature=cfg.temperature,
         )  # fmt: skip
@@ -157,14 +178,17 @@ def main(cfg: Config, run: Run, *, teacher: tuple[nn.Module, Any] | None = None,
 
     net = run.unwrap(net)
     metrics = measure(net, test, exact)
-    run.row("teacher", **measure(model, test), parameters=parameters(model))
+    if pairs:
+        metrics["group_kl"] = group_divergence(net, keep("text", pairs[1]), pairs[1])
+    run.row("teacher", **measure(model, pairs[1].teacher if pairs else test), parameters=parameters(model))
     run.row("student", **metrics, parameters=parameters(net), tokens_per_second=speed)
-    metrics["own_kl"] = own_divergence(cfg, run, net, model, tokenizer, test)
+    if not pairs:
+        metrics["own_kl"] = own_divergence(cfg, run, net, model, tokenizer, test)
+        place = int((test.lengths.max() - 1) // 2)
+        run.figure("one position", lambda axes: draw_position(axes, model, net, test, place, tokenizer))
     if cache is not None:
         metrics["bytes_per_token"] = cache.bytes_per_token
-    place = int((test.lengths.max() - 1) // 2)
-    run.figure("one position", lambda axes: draw_position(axes, model, net, test, place, tokenizer))
-    run.save_student(net, lambda whole, folder: save_causal(whole, tokenizer, folder))
+    run.save_student(net, lambda whole, folder: save_causal(whole, own, folder))
     return metrics
 
 
@@ -174,13 +198,32 @@ def corpus(cfg: Config, tokenizer: Any, seed: int) -> tuple[Rows, Rows]:
     if cfg.data == "back-copy":
         draw = lambda count, first: Rows.plain(BackCopy().draw(count, cfg.length, torch.Generator().manual_seed(first + seed)))
         return draw(cfg.limit or 4096, 20_000), draw(cfg.test_limit or 512, 10_000)
-    train = read_rows(cfg.data, tokenizer, cfg.length)
-    if cfg.test:
-        test = read_rows(cfg.test, tokenizer, cfg.length)
+    train, test = parted(cfg, lambda path: read_rows(path, tokenizer, cfg.length), lambda rows, part: rows.take(part))
+    return train, test
+
+
+def corpus_pairs(cfg: Config, teacher: nn.Module, tokenizer: Any, own: Any, seed: int) -> tuple[Paired, Paired]:
+    """The same training and test texts under the teacher's tokenizer and the student's own; cut to `length` of the student's tokens."""
+    if cfg.data == "back-copy":
+        train, test = ([tokenizer.decode(ids) for ids in rows.lists()] for rows in corpus(cfg, tokenizer, seed))
     else:
+        train, test = parted(cfg, lambda path: read_texts(path, own, cfg.length), lambda texts, part: texts[part])
+    room = context(teacher, 2**30)
+    return Paired.of(tokenizer, own, train, cfg.length, room), Paired.of(tokenizer, own, test, cfg.length, room)
+
+
+def parted(cfg: Config, read: Callable[[str], Any], take: Callable[[Any, slice], Any]) -> tuple[Any, Any]:
+    """Training and test part of `data`, or of `data` and `test`."""
+    train, test = read(cfg.data), read(cfg.test) if cfg.test else None
+    if test is None:
         held = max(1, len(train) // 20)
-        train, test = train.take(slice(0, -held)), train.take(slice(-held, None))
-    return train.take(slice(0, cfg.limit or None)), test.take(slice(0, cfg.test_limit or None))
+        train, test = take(train, slice(0, -held)), take(train, slice(-held, None))
+    return take(train, slice(0, cfg.limit or None)), take(test, slice(0, cfg.test_limit or None))
+
+
+def context(net: nn.Module, otherwise: int) -> int:
+    """Tokens that a network can read, where it says so."""
+    return getattr(getattr(net, "config", None), "max_position_embeddings", otherwise)
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------------------
@@ -223,16 +266,33 @@ def train_teacher(stage: Run, cfg: Config, tokenizer: Characters) -> nn.Module:
     return stage.unwrap(net)
 
 
-def find_student(cfg: Config, teacher: nn.Module, tokenizer: Any) -> nn.Module:
-    """UserError when a given student's tokenizer is not the teacher's."""
+def find_student(cfg: Config, teacher: nn.Module, tokenizer: Any, seed: int) -> tuple[nn.Module, Any]:
+    """A student and its tokenizer."""
     kind, _, rest = cfg.student.partition(":")
     if kind == "small":
-        return Decoder(len(tokenizer), cfg.student_width, cfg.student_layers, 2)
+        return Decoder(len(tokenizer), cfg.student_width, cfg.student_layers, 2), tokenizer
     if kind == "layers" and rest.isdigit():
-        return fewer_layers(teacher, int(rest))
-    model, own = load_causal(cfg.student)
-    require_same(own, tokenizer)
-    return model
+        return fewer_layers(teacher, int(rest)), tokenizer
+    if kind == "pairs" and rest.isdigit():
+        if not isinstance(tokenizer, Characters):
+            raise UserError("--student pairs:N is for small teachers: give a student with its own tokenizer by hf:ID-or-folder.")
+        own = tokenizer.with_pairs(corpus(cfg, tokenizer, seed)[0].lists(), int(rest))
+        return Decoder(len(own), cfg.student_width, cfg.student_layers, 2), own
+    return load_causal(cfg.student)
+
+
+def crosses(cfg: Config, own: Any, tokenizer: Any) -> bool:
+    """Whether teacher and student each read the text their own way. UserError when that is needed and was not asked for, or cannot be."""
+    asked, same = cfg.signal in ("byte-groups", "uld"), fingerprint(own) == fingerprint(tokenizer)
+    if cfg.mode != "word" or not (asked or not cfg.kd_weight):
+        require_same(own, tokenizer)
+    if asked and cfg.mode != "word":
+        raise UserError(f"--signal {cfg.signal} compares both models on a fixed text: give --mode word.")
+    if cfg.signal == "byte-groups" and cfg.temperature != 1:
+        raise UserError("--signal byte-groups compares likelihoods of text, which have no temperature: leave --temperature at 1.")
+    if cfg.signal == "uld" and cfg.kd_weight and not cfg.ce_weight:
+        raise UserError("--signal uld says how sure the teacher is and never of what: give --ce-weight too.")
+    return asked or not same
 
 
 def parameters(net: nn.Module) -> int:
