@@ -26,12 +26,14 @@ def _isolated():
         pytest.skip(str(wrong))
 
 
-@pytest.mark.parametrize("arm", ["cot", "agent", "cot+facts", "early, observations trained", "early, self-consistent"])
+@pytest.mark.parametrize(
+    "arm", ["cot, 3x steps, 8 votes", "agent", "cot+facts, 3x steps, 8 votes", "early, observations trained", "early, self-consistent"]
+)
 def test_arms_end_to_end(tmp_path, arm):
     config = catalogue.config_of(recipe, arm, recipe.Config(trajectories=20, tests=4, width=16, batch_size=4))
     with Run(tmp_path, 0, store=Store(tmp_path / "store")) as run:
         metrics = catalogue.execute("agent-distillation", config.__class__(**{**config.__dict__, "steps": 2}), run, arm=arm)["metrics"]
-    assert {"accuracy", "ood"} <= metrics.keys()
+    assert {"accuracy", "unseen", "ood"} <= metrics.keys()
 
 
 def test_the_worlds_teacher_is_scripted(tmp_path):
