@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stillroom import catalogue
-from stillroom.data.entities import ALPHABET, SYMBOLS, make_world
+from stillroom.data.entities import ALPHABET, SYMBOLS, by_digits, make_world
 from stillroom.errors import UserError
 from stillroom.lm.agent import Workbench, rollout
 from stillroom.lm.sandbox import Sandbox
@@ -26,12 +26,14 @@ def _isolated():
         pytest.skip(str(wrong))
 
 
-@pytest.mark.parametrize("arm", ["cot", "agent", "cot+facts", "early, observations trained", "early, self-consistent"])
+@pytest.mark.parametrize(
+    "arm", ["cot, 3x steps, 8 votes", "agent", "cot+facts, 3x steps, 8 votes", "early, observations trained", "early, self-consistent"]
+)
 def test_arms_end_to_end(tmp_path, arm):
     config = catalogue.config_of(recipe, arm, recipe.Config(trajectories=20, tests=4, width=16, batch_size=4))
     with Run(tmp_path, 0, store=Store(tmp_path / "store")) as run:
         metrics = catalogue.execute("agent-distillation", config.__class__(**{**config.__dict__, "steps": 2}), run, arm=arm)["metrics"]
-    assert {"accuracy", "ood"} <= metrics.keys()
+    assert {"accuracy", "unseen", "ood"} <= metrics.keys()
 
 
 def test_the_worlds_teacher_is_scripted(tmp_path):
@@ -39,24 +41,112 @@ def test_the_worlds_teacher_is_scripted(tmp_path):
         recipe.main(recipe.Config(teacher="hf:some/model", trajectories=4), run)
 
 
-def test_scripted_trajectories_are_right_by_pythons_own_arithmetic():
+def test_the_scripted_teacher_has_no_first_thought(tmp_path):
+    with Run(tmp_path, 0, store=Store(tmp_path / "store")) as run, pytest.raises(UserError, match="--teacher learned"):
+        recipe.main(recipe.Config(first_thought=True, trajectories=4), run)
+
+
+@pytest.mark.parametrize("part", ["known", "unseen", "large"])
+def test_scripted_trajectories_are_right_by_pythons_own_arithmetic(part):
     world = make_world(3)
-    questions = [*world.questions(30, "a"), *world.questions(30, "a", unseen=True)]
+    questions = world.questions(40, "a", part)
     with Sandbox({"look": world.facts.__getitem__, "final_answer": lambda value: value}) as box:
         episodes = rollout(recipe.scripted(questions), [q.text() for q in questions], Workbench(box))
     for question, episode in zip(questions, episodes):
-        x, y = world.facts[question.a], world.facts[question.b]
-        assert int(episode.answer) == eval(f"{x}{question.op}{y}{question.op2}{question.constant}")
+        text, (x, y) = question.text(), (world.facts[question.a], world.facts[question.b])
+        reversed_way = any(word in text for word in ("added to", "taken from", "more than", "less than"))
+        assert (text.index(question.b) < text.index(question.a)) == reversed_way
+        minus = any(word in text for word in ("-", "minus", "taken", "less"))
+        assert episode.clean
+        assert int(episode.answer) == (x - y if minus else x + y) >= 0
         assert question.thought(world.facts).endswith(f"#### {episode.answer}")
-        assert recipe.correct(question, world, episode)
+    assert len({(q.way, q.op) for q in questions}) == 8
+
+
+def test_digits_are_worked_out_as_on_paper():
+    assert by_digits(47, "+", 38) == "7+8+0=5 4+3+1=8"
+    assert by_digits(42, "-", 38) == "2-8-0=4 4-3-1=0"
+    assert by_digits(95, "+", 8) == "5+8+0=3 9+0+1=0"
+    for x in range(100):
+        for y in range(x + 1):
+            for op, value in (("+", x + y), ("-", x - y)):
+                digits = [int(column.rpartition("=")[2]) for column in by_digits(x, op, y).split()]
+                assert sum(d * 10**i for i, d in enumerate(digits)) == value % 10 ** len(digits)
 
 
 def test_entities_asked_out_of_domain_never_occur_in_training():
     world = make_world(0)
-    train = {name for q in world.questions(3000, "train") for name in (q.a, q.b)}
-    unseen = {name for q in world.questions(500, "test", unseen=True) for name in (q.a, q.b)}
-    assert len(unseen) > 100
-    assert not train & unseen
+    names = {part: {name for q in world.questions(800, "x", part) for name in (q.a, q.b)} for part in ("known", "unseen", "large")}
+    assert [len(names[part]) for part in names] == [200, 50, 50]
+    assert len(set().union(*names.values())) == 300
+    assert max(world.facts[n] for n in names["known"] | names["unseen"]) < 50 <= min(world.facts[n] for n in names["large"])
+
+
+def test_a_prefix_is_made_of_the_tokens_that_a_whole_reply_has():
+    tokenizer = Characters(ALPHABET, symbols=SYMBOLS)
+    reply = make_world(0).questions(1, "x")[0].replies()[0]
+    prefix = reply.partition("\n\n")[0] + "\n\n"
+    assert tokenizer.encode(reply)[: len(tokenizer.encode(prefix))] == tokenizer.encode(prefix)
+
+
+@pytest.mark.parametrize("first_thought", [True, False])
+def test_a_learned_teacher_goes_on_from_its_first_thought(tmp_path, monkeypatch, first_thought):
+    """A teacher that thinks rightly, and as an agent acts rightly only when its own thought opens the reply."""
+    world, config = make_world(0), recipe.Config(teacher="learned", first_thought=first_thought, trajectories=6)
+    known = {q.text(): q for q in world.questions(6, "train")}
+
+    def taught(net, tokenizer):
+        def policy(conversations, openings, samples):
+            out = []
+            for chat, opening in zip(conversations, openings):
+                assert [m["role"] for m in chat[:2]] == ["system", "user"]
+                question, step = known[chat[1]["content"]], sum(m["role"] == "assistant" for m in chat)
+                if chat[0]["content"] == recipe.THINK:
+                    out.append([question.thought(world.facts)])
+                elif step == 0 and not opening:
+                    out.append(["Thought: who knows\n\nCode:\n```py\nfinal_answer(-1)\n```"])
+                else:
+                    assert opening == (f"Thought: need {question.formula}\n\n" if step == 0 else "")
+                    out.append([question.replies()[step]])
+            return out
+
+        return policy
+
+    monkeypatch.setattr(recipe, "learned", lambda *_: None)
+    monkeypatch.setattr(recipe, "greedy", taught)
+    tools = {"look": world.facts.__getitem__, "final_answer": lambda value: value}
+    with Run(tmp_path / "run", 0, store=Store(tmp_path / "store")) as run, Sandbox(tools) as box:
+        collect = lambda: recipe.lessons(config, run, world, Characters(ALPHABET, symbols=SYMBOLS), Workbench(box))
+        if not first_thought:
+            with pytest.raises(UserError, match="solved none of 6"):
+                collect()
+            return
+        traces, metrics = collect()
+    assert metrics == {"teacher_cot": 1.0, "teacher_success": 1.0}
+    assert [[s.text for s in t.segments if s.trained] for t in traces] == [q.replies() for q in known.values()]
+    assert all(t.segments[0].role == "user" for t in traces)  # the student never hears the teacher's instruction
+
+
+def test_the_learned_teacher_is_trained_once_on_both_instructions(tmp_path, monkeypatch):
+    seen = []
+    sft = lambda stage, net, optimizer, rows, *_: (seen.append(rows), list(stage.steps(1)))
+    monkeypatch.setattr(recipe, "sft", sft)
+    world, tokenizer = make_world(0), Characters(ALPHABET, symbols=SYMBOLS)
+    config = recipe.Config(teacher_thoughts=5, teacher_acts=2, teacher_width=16)
+    with Sandbox({"look": world.facts.__getitem__, "final_answer": lambda value: value}) as box, Run(tmp_path, 0) as run:
+        recipe.train_teacher(run, config, world, tokenizer, Workbench(box))
+    texts = [tokenizer.decode(ids) for ids in seen[0].lists()]
+    assert [text.startswith("<|system|>think<|end|>") for text in texts] == [True] * 5 + [False] * 2
+    assert all(text.startswith("<|system|>act<|end|>") for text in texts[5:])
+
+
+def test_chains_of_thought_vote(monkeypatch):
+    world = make_world(0)
+    questions = world.questions(2, "x")
+    right = [f"#### {q.answer(world.facts)}" for q in questions]
+    monkeypatch.setattr(recipe, "policy_of", lambda *_: lambda chats, openings, samples: [["#### 0.5", r, r] for r in right])
+    accuracy, _ = recipe.solve(recipe.Config(student_learns="cot", samples=3), world, None, None, questions, None)
+    assert accuracy == 1
 
 
 def test_observations_are_context_unless_the_control_trains_them():
@@ -131,8 +221,11 @@ def test_real_questions_are_collected_with_first_thoughts_and_filtered(tmp_path,
     monkeypatch.setattr(recipe, "served", served)
     config = recipe.Config(questions=str(tmp_path / "q.jsonl"), teacher="openai:http://localhost/v1#m", first_thought=True, student="hf:x")
     with Run(tmp_path / "run", 0, store=Store(tmp_path / "store")) as run, Sandbox({"final_answer": lambda value: value}) as box:
-        traces, metrics = recipe.collect(config, run, Workbench(box))
-    assert metrics == {"teacher_success": 0.5}
+        asked = recipe.ask(config.questions)
+        policy = recipe.served(config, run)
+        how = {"act": recipe.SYSTEM, "think": recipe.COT_SYSTEM, "system": recipe.SYSTEM}
+        traces, success = recipe.collect(config, policy, asked, Workbench(box), **how)
+    assert success == 0.5
     assert heard == ["", ""] + ["Thought: add one\n\n"] * 2
     assert traces[0].segments[0].text == recipe.SYSTEM
     assert traces[0].segments[-1].text.startswith("Thought: add one\n\nCode:")

@@ -6,10 +6,12 @@ against the same questions as chains of thought, with and without the facts in t
 first-thought prefix (the teacher's agent reply is opened with the first thought of its chain of thought) and self-consistent actions
 (at test time, of N sampled actions that run, one from the largest group with equal observations).
 
-The laptop's world: entities with a number each, questions like `kefo*lumi+17`, a tool look(name), Python in the sandbox. Facts of
-questions asked out of domain never occur in training. Exact: formats, masks, filter, prefix, selection. Shrunk: models and world.
-With `--questions` and a real teacher and student the same program collects, filters, trains (LoRA) and tests. The first-thought prefix
-needs a teacher that reasons better than it acts; none small enough for a laptop did, so it is offered for real teachers and not claimed.
+The laptop's world: entities with a number each, questions like `lumi taken from kefo`, a tool look(name), Python in the sandbox. Tests
+ask about entities of the training questions (accuracy), about others (unseen), and about others with larger numbers (ood). Teachers:
+a script, or a language model that was trained on many chains of thought and few trajectories, so that it reasons better than it acts: what
+the first-thought prefix is for. Exact: formats, masks, filter, prefix, selection. Shrunk: models and world. The chains of thought that the
+agent is held against have three times its steps, and eight votes, so that they are learned.
+With `--questions` and a real teacher and student the same program collects, filters, trains (LoRA) and tests.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import nn
 
 from stillroom.claims import Claim
 from stillroom.config import Count, Natural, Positive, Share
-from stillroom.data.entities import ALPHABET, SYMBOLS, Question, World, make_world
+from stillroom.data.entities import ALPHABET, SYMBOLS, Part, Question, World, make_world
 from stillroom.data.sequences import Rows, shuffled
 from stillroom.errors import UserError
 from stillroom.lm.agent import Chat, Episode, Policy, Workbench, first_thoughts, read_published, rollout
@@ -49,13 +51,13 @@ class Config:
     student_learns: Literal["agent", "cot", "cot+facts"] = "agent"
     """Trajectories, chains of thought, or chains of thought with the facts retrieved into the prompt."""
     teacher: str = "scripted"
-    """scripted in the world; for real questions openai:URL#model or hf:ID-or-folder."""
+    """scripted or learned in the world; for real questions openai:URL#model or hf:ID-or-folder."""
     first_thought: bool = False
-    """Open a real teacher's trajectories with the first thought of its chain of thought."""
+    """Open the teacher's trajectories with the first thought of its chain of thought; not for the scripted one, which has but one mind."""
     train_observations: bool = False
     """Control: train on observations too."""
     samples: Count = 1
-    """Actions sampled per step at test time; 1 is greedy. The paper's self-consistent actions take 8."""
+    """Actions sampled per step at test time, or chains of thought that vote; 1 is greedy. The paper's self-consistent actions take 8."""
     temperature: Positive = 0.4
     top_p: Share = 0.8
     max_steps: Count = 5
@@ -64,7 +66,13 @@ class Config:
     """Questions of each test set."""
     width: Count = 64
     layers: Count = 2
-    steps: Count = 400
+    steps: Count = 500
+    teacher_thoughts: Count = 2000
+    """Chains of thought that the learned teacher is trained on."""
+    teacher_acts: Count = 60
+    """Trajectories that the learned teacher is trained on: few, or it acts as well as it reasons."""
+    teacher_width: Count = 96
+    teacher_steps: Count = 800
     batch_size: Count = 32
     optimizer: Optimizer = Optimizer("adamw", 3e-3, weight_decay=0.01, schedule="linear", warmup=30, clip=1.0)
     questions: str = ""
@@ -89,30 +97,53 @@ def full() -> Config:
     )  # fmt: skip
 
 
-EARLY = {"steps": 200}
+LONG = {"steps": 1500, "samples": 8}
+EARLY = {"steps": 300}
 ARMS = {
-    "cot": {"student_learns": "cot"},
+    "cot, 3x steps, 8 votes": {"student_learns": "cot", **LONG},
+    "cot+facts, 3x steps, 8 votes": {"student_learns": "cot+facts", **LONG},
     "agent": {},
-    "cot+facts": {"student_learns": "cot+facts"},
     "early": EARLY,
     "early, self-consistent": {**EARLY, "samples": 8},
     "early, observations trained": {**EARLY, "train_observations": True},
+    "learned teacher": {"teacher": "learned"},
+    "learned teacher, first thought": {"teacher": "learned", "first_thought": True},
 }
 CLAIMS = [
-    Claim("an agent's student answers about entities it never saw", "ood", "agent", "cot", margin=0.3, paper="7B: 39.9 against 33.5"),
-    Claim("retrieved facts alone do not make up for the tools", "ood", "agent", "cot+facts", margin=0.1, paper="7B: 39.9 against 32.2"),
+    Claim(
+        "an agent's student answers about entities it never saw, chains of thought do not, with three times the steps and eight votes",
+        "unseen", "agent", "cot, 3x steps, 8 votes", margin=0.3, paper="7B: 39.9 against 33.5",
+    ),
+    Claim("although they have learned to answer about those they saw", "accuracy", "cot, 3x steps, 8 votes", 0.2),
+    Claim(
+        "retrieved facts help a chain of thought about unseen entities",
+        "unseen", "cot+facts, 3x steps, 8 votes", "cot, 3x steps, 8 votes", margin=0.1, paper="1.5B: 21.3 to 24.6, 7B: 33.5 to 32.2",
+    ),
+    Claim(
+        "but do not make up for the tools where the numbers are larger as well",
+        "ood", "agent", "cot+facts, 3x steps, 8 votes", margin=0.1, paper="7B: 39.9 against 32.2",
+    ),
     Claim(
         "self-consistent actions lower the failed actions of an under-trained student",
         "failed_actions", "early, self-consistent", "early", "lower", paper="parse errors of the 0.5B about halved",
     ),
     Claim("and raise its accuracy", "accuracy", "early, self-consistent", "early", paper="1.5B: 28.1 to 30.3"),
     Claim("with observations masked the student does not invent them", "invented", "early", "early, observations trained", "lower", 0.3),
+    Claim(
+        "a teacher opened with its first thought solves more questions as an agent",
+        "teacher_success", "learned teacher, first thought", "learned teacher", paper="MATH level 5: 58.4 to 67.1",
+    ),
+    Claim(
+        "and its student answers more", "accuracy", "learned teacher, first thought", "learned teacher", paper="7B: 39.9 to 42.3",
+    ),
 ]  # fmt: skip
 
 SYSTEM = (
     "Solve the question in steps. Each step: 'Thought:' with your reasoning, a blank line, then 'Code:' with Python between ```py and ```. "
     "What the code prints comes back as the next message; variables stay. Call final_answer(value) when you know it."
 )
+THINK, ACT = "think", "act"
+"""The learned teacher's two instructions."""
 COT_SYSTEM = "Reason step by step. Begin with a short plan, then a blank line. End with a last line '#### ' and the answer."
 
 
@@ -127,16 +158,15 @@ def laptop(cfg: Config, run: Run) -> dict[str, float]:
     tokenizer = Characters(ALPHABET, symbols=SYMBOLS)
     with Sandbox({"look": world.facts.__getitem__, "final_answer": lambda value: value}, limits=Limits(2.0)) as box:
         bench = Workbench(box)
-        traces = lessons(cfg, run, world, bench)
+        traces, metrics = lessons(cfg, run, world, tokenizer, bench)
         net, optimizer = run.trainable("student", Decoder(len(tokenizer), cfg.width, cfg.layers, 4), cfg.optimizer)
-        sft(cfg, run, net, optimizer, to_rows(tokenizer, traces, cfg.train_observations))
+        sft(run, net, optimizer, to_rows(tokenizer, traces, cfg.train_observations), cfg.steps, cfg.batch_size)
         net = run.unwrap(net)
-        tests = {"accuracy": world.questions(cfg.tests, "test"), "ood": world.questions(cfg.tests, "test", unseen=True)}
-        metrics: dict[str, float] = {}
+        parts: dict[str, Part] = {"accuracy": "known", "unseen": "unseen", "ood": "large"}
+        tests = {name: world.questions(cfg.tests, "test", part) for name, part in parts.items()}
         episodes: list[Episode] = []
         for name, questions in tests.items():
-            right, found = solve(cfg, world, tokenizer, net, questions, bench)
-            metrics[name] = sum(right) / len(right)
+            metrics[name], found = solve(cfg, world, tokenizer, net, questions, bench)
             episodes += found
         if cfg.student_learns == "agent":
             metrics |= conduct(episodes)
@@ -148,27 +178,32 @@ def laptop(cfg: Config, run: Run) -> dict[str, float]:
     return metrics
 
 
-def lessons(cfg: Config, run: Run, world: World, bench: Workbench) -> list[Trace]:
-    """What the student is trained on: chains of thought, or the teacher's trajectories that pass the filter."""
+def lessons(cfg: Config, run: Run, world: World, tokenizer: Characters, bench: Workbench) -> tuple[list[Trace], dict[str, float]]:
+    """What the student is trained on: chains of thought, or the teacher's trajectories that pass the filter, and how many did."""
     questions = world.questions(cfg.trajectories, "train")
     if cfg.student_learns != "agent":
-        facts = world.facts if cfg.student_learns == "cot+facts" else None
-        return [cot_trace(q, world, facts) for q in questions]
-    if cfg.teacher != "scripted":
-        raise UserError(f"--teacher {cfg.teacher} needs real questions (--questions FILE); in the world the teacher is scripted.")
-    episodes = rollout(scripted(questions), [q.text() for q in questions], bench)
-    traces = [e.trace("", teacher="scripted") for q, e in zip(questions, episodes) if correct(q, world, e)]
+        return [cot_trace(q, world, world.facts if cfg.student_learns == "cot+facts" else None) for q in questions], {}
+    if cfg.teacher not in ("scripted", "learned"):
+        raise UserError(f"--teacher {cfg.teacher} needs real questions (--questions FILE); in the world it is scripted or learned.")
+    if cfg.first_thought and cfg.teacher == "scripted":
+        raise UserError("The scripted teacher has no chain of thought of its own to begin with: --first-thought needs --teacher learned.")
+    asked = [(q.text(), str(q.answer(world.facts))) for q in questions]
+    metrics: dict[str, float] = {}
+    if cfg.teacher == "learned":
+        policy = greedy(learned(cfg, run, world, tokenizer, bench), tokenizer)
+        thoughts = policy([[{"role": "system", "content": THINK}, {"role": "user", "content": q}] for q, _ in asked], [""] * len(asked), 1)
+        metrics["teacher_cot"] = gsm8k.accuracy([text for (text,) in thoughts], [answer for _, answer in asked])
+    else:
+        policy = scripted(questions)
+    traces, success = collect(cfg, policy, asked, bench, act=ACT, think=THINK, system="")
     write(run.folder / "trajectories.jsonl", traces)
-    return traces
+    return traces, {**metrics, "teacher_success": success}
 
 
-def cot_trace(question: Question, world: World, facts: dict[str, int] | None) -> Trace:
+def cot_trace(question: Question, world: World, facts: dict[str, int] | None, system: str = "") -> Trace:
+    head = [{"role": "system", "content": system}] if system else []
     turns = [{"role": "user", "content": question.text(facts)}, {"role": "assistant", "content": question.thought(world.facts)}]
-    return Trace.of(turns)
-
-
-def correct(question: Question, world: World, episode: Episode) -> bool:
-    return episode.clean and numbers.accepts(str(episode.answer), str(question.values(world.facts)[1]))
+    return Trace.of([*head, *turns])
 
 
 def scripted(questions: Sequence[Question]) -> Policy:
@@ -177,21 +212,40 @@ def scripted(questions: Sequence[Question]) -> Policy:
 
     def policy(conversations: Sequence[Chat], openings: Sequence[str], samples: int) -> list[list[str]]:
         steps = [sum(m["role"] == "assistant" for m in chat) for chat in conversations]
-        return [[known[chat[0]["content"]][step]] * samples for chat, step in zip(conversations, steps)]
+        asked = [next(m["content"] for m in chat if m["role"] == "user") for chat in conversations]
+        return [[known[question][step]] * samples for question, step in zip(asked, steps)]
 
     return policy
 
 
+def learned(cfg: Config, run: Run, world: World, tokenizer: Characters, bench: Workbench) -> nn.Module:
+    """A teacher that reasons better than it acts, once for all runs of this seed."""
+    sizes = (cfg.teacher_width, cfg.layers, cfg.teacher_thoughts, cfg.teacher_acts, cfg.teacher_steps, cfg.batch_size, cfg.optimizer)
+    with run.stage("teacher", shared=(train_teacher, make_world, sizes)) as stage:
+        return train_teacher(stage, cfg, world, tokenizer, bench)
+
+
+def train_teacher(stage: Run, cfg: Config, world: World, tokenizer: Characters, bench: Workbench) -> nn.Module:
+    """Trained on many chains of thought and few trajectories, each under its own instruction."""
+    thoughts = [cot_trace(q, world, None, THINK) for q in world.questions(cfg.teacher_thoughts, "teacher thinks")]
+    questions = world.questions(cfg.teacher_acts, "teacher acts")
+    acts = [e.trace(ACT) for e in rollout(scripted(questions), [q.text() for q in questions], bench)]
+    net, optimizer = stage.trainable("teacher", Decoder(len(tokenizer), cfg.teacher_width, cfg.layers, 4), cfg.optimizer)
+    sft(stage, net, optimizer, to_rows(tokenizer, thoughts + acts, False), cfg.teacher_steps, cfg.batch_size)
+    return stage.unwrap(net)
+
+
 def solve(
     cfg: Config, world: World, tokenizer: Characters, net: nn.Module, questions: Sequence[Question], bench: Workbench
-) -> tuple[list[bool], list[Episode]]:
+) -> tuple[float, list[Episode]]:
+    """Share of right answers, and an agent's episodes."""
+    policy, answers = policy_of(cfg, net, tokenizer, 64), [str(q.answer(world.facts)) for q in questions]
     if cfg.student_learns == "agent":
-        policy = policy_of(cfg, net, tokenizer, 64)
         episodes = rollout(policy, [q.text() for q in questions], bench, max_steps=cfg.max_steps, samples=cfg.samples)
-        return [numbers.accepts(str(e.answer), str(q.values(world.facts)[1])) for q, e in zip(questions, episodes)], episodes
+        return numbers.accuracy([str(e.answer) for e in episodes], answers), episodes
     facts = world.facts if cfg.student_learns == "cot+facts" else None
-    texts = greedy(net, tokenizer)([[{"role": "user", "content": q.text(facts)}] for q in questions], [""] * len(questions), 1)
-    return [gsm8k.accepts(text[0], str(q.values(world.facts)[1])) for q, text in zip(questions, texts)], []
+    groups = policy([[{"role": "user", "content": q.text(facts)}] for q in questions], [""] * len(questions), cfg.samples)
+    return gsm8k.accuracy([group[gsm8k.vote(group) or 0] for group in groups], answers), []
 
 
 def greedy(net: nn.Module, tokenizer: Any, max_new_tokens: int = 64) -> Policy:
@@ -232,6 +286,21 @@ def invented(tokenizer: Characters, net: nn.Module, questions: Sequence[Question
     return sum(text.startswith("<|user|>") and any(c.isdigit() for c in text) for text in texts) / len(texts)
 
 
+# -- trajectories ------------------------------------------------------------------------------------------------------------------
+def collect(
+    cfg: Config, policy: Policy, asked: Sequence[tuple[str, str]], bench: Workbench, *, act: str, think: str, system: str
+) -> tuple[list[Trace], float]:
+    """The teacher's trajectories, one per (question, answer), that are right and parsed, with the student's `system` prompt, and their
+    share. `act` and `think` tell the teacher which of the two to do. UserError when none is left."""
+    questions = [question for question, _ in asked]
+    openings = first_thoughts(policy, questions, think) if cfg.first_thought else None
+    episodes = rollout(policy, questions, bench, system=act, max_steps=cfg.max_steps, openings=openings)
+    kept = [e for e, (_, answer) in zip(episodes, asked) if e.clean and numbers.accepts(str(e.answer), answer)]
+    if not kept:
+        raise UserError(f"The teacher {cfg.teacher} solved none of {len(asked)} questions as an agent: nothing is left to train on.")
+    return [e.trace(system, teacher=cfg.teacher) for e in kept], len(kept) / len(asked)
+
+
 # -- training ----------------------------------------------------------------------------------------------------------------------
 def to_rows(tokenizer: Any, traces: Sequence[Trace], everything: bool, length: int = 512) -> Rows:
     """Assistant text and its end tokens trained; with `everything`, all that follows the question."""
@@ -252,9 +321,9 @@ def train_step(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, batch
     run.update(optimizer, ce=(out.loss * count)[None], count=count)
 
 
-def sft(cfg: Config, run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows) -> None:
-    for step in run.steps(cfg.steps):
-        train_step(run, net, optimizer, rows.take(run.shard(shuffled(len(rows), cfg.batch_size, run.seed, step)).cpu()))
+def sft(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows, steps: int, batch_size: int) -> None:
+    for step in run.steps(steps):
+        train_step(run, net, optimizer, rows.take(run.shard(shuffled(len(rows), batch_size, run.seed, step)).cpu()))
 
 
 # -- real questions ----------------------------------------------------------------------------------------------------------------
@@ -268,12 +337,14 @@ def real(cfg: Config, run: Run) -> dict[str, float]:
         if cfg.published:
             traces = list(read_published(cfg.published, SYSTEM))[: cfg.trajectories]
         else:
-            traces, metrics = collect(cfg, run, bench)
+            policy = served(cfg, run) if cfg.teacher.startswith("openai:") else greedy(*taught(cfg, run), cfg.max_new_tokens)
+            asked = ask(cfg.questions)[: cfg.trajectories]
+            traces, metrics["teacher_success"] = collect(cfg, policy, asked, bench, act=SYSTEM, think=COT_SYSTEM, system=SYSTEM)
             write(run.folder / "trajectories.jsonl", traces)
         if cfg.lora_rank:
             net = with_lora(net, cfg.lora_rank)
         student, optimizer = run.trainable("student", net, cfg.optimizer)
-        sft(cfg, run, student, optimizer, to_rows(tokenizer, traces, cfg.train_observations, cfg.length))
+        sft(run, student, optimizer, to_rows(tokenizer, traces, cfg.train_observations, cfg.length), cfg.steps, cfg.batch_size)
         student = run.unwrap(student)
         if cfg.test_questions:
             asked = ask(cfg.test_questions)[: cfg.tests]
@@ -308,19 +379,6 @@ def served(cfg: Config, run: Run) -> Policy:
 def taught(cfg: Config, run: Run) -> tuple[nn.Module, Any]:
     model, tokenizer = load_causal(cfg.teacher, store=run.store)
     return run.frozen(model), tokenizer
-
-
-def collect(cfg: Config, run: Run, bench: Workbench) -> tuple[list[Trace], dict[str, float]]:
-    """The teacher's trajectories on the training questions that are right and parsed, one per question."""
-    asked = ask(cfg.questions)[: cfg.trajectories]
-    policy = served(cfg, run) if cfg.teacher.startswith("openai:") else greedy(*taught(cfg, run), cfg.max_new_tokens)
-    questions = [q for q, _ in asked]
-    opening = first_thoughts(policy, questions, COT_SYSTEM) if cfg.first_thought else None
-    episodes = rollout(policy, questions, bench, system=SYSTEM, max_steps=cfg.max_steps, openings=opening)
-    kept = [e for e, (_, answer) in zip(episodes, asked) if e.clean and numbers.accepts(str(e.answer), answer)]
-    if not kept:
-        raise UserError(f"The teacher solved none of {len(asked)} questions as an agent; see answers.jsonl in {run.folder}.")
-    return [e.trace(SYSTEM, teacher=cfg.teacher) for e in kept], {"teacher_success": len(kept) / len(asked)}
 
 
 def with_lora(net: nn.Module, rank: int) -> nn.Module:
