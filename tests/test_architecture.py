@@ -147,7 +147,8 @@ def test_nothing_heavy_is_imported_by_importing_a_module(file: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["stillroom", "tests", "bench"])
 def test_no_file_is_longer_than_400_lines(folder: str) -> None:
-    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in (ROOT / folder).rglob("*.py")}
+    ours = [f for f in (ROOT / folder).rglob("*.py") if ".venvs" not in f.parts]  # peers that the benchmark installed
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in ours}
     assert not {name: length for name, length in lengths.items() if length > 400}
 
 

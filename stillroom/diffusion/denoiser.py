@@ -79,9 +79,9 @@ class Denoiser(nn.Module):
             case "v":
                 return a, -s, s, a
             case "velocity":
-                (da, ds), over = self.process.rates(t), 1 / self.process.wronskian
-                unit = over * getattr(self.process, "sigma_data", 1.0)
-                return ds * over, s * -unit, da * -over, a * unit
+                (da, ds), scale = self.process.rates(t), 1 / self.process.wronskian
+                unit = scale * getattr(self.process, "sigma_data", 1.0)
+                return ds * scale, s * -unit, da * -scale, a * unit
             case _:
                 rho, sd, over = s / a.clamp_min(TINY), self.sigma_data, 1 / a.clamp_min(TINY)
                 total = rho**2 + sd**2
