@@ -22,22 +22,25 @@ def logits(run: Run, teacher: nn.Module, images: Split, *, augmented: bool) -> S
     """
     if augmented:
         return lambda index, image: _answer(teacher, image)
-    table = run.cached("teacher-logits", _table, run.unwrap(teacher), images)["logits"]
+    table = _kept(run, teacher, images)
     return lambda index, image: table[index]
 
 
 def soft_targets(run: Run, teacher: nn.Module, images: Split, temperature: float, *, augmented: bool) -> Signal:
     """`signal(index, image)` gives softmax(teacher logits / temperature) (B, C); see `logits`. Looked-up targets are softened once."""
     if augmented:
-        answer = logits(run, teacher, images, augmented=True)
-        return lambda index, image: (answer(index, image) / temperature).softmax(-1)
-    table = (run.cached("teacher-logits", _table, run.unwrap(teacher), images)["logits"] / temperature).softmax(-1)
+        return lambda index, image: (_answer(teacher, image) / temperature).softmax(-1)
+    table = (_kept(run, teacher, images) / temperature).softmax(-1)
     return lambda index, image: table[index]
 
 
 @torch.no_grad()
 def _answer(teacher: nn.Module, image: Tensor) -> Tensor:
     return teacher(image)
+
+
+def _kept(run: Run, teacher: nn.Module, images: Split) -> Tensor:
+    return run.cached("teacher-logits", _table, run.unwrap(teacher), images)["logits"]
 
 
 def _table(teacher: nn.Module, images: Split) -> dict[str, Tensor]:

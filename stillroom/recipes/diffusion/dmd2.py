@@ -114,11 +114,11 @@ CLAIMS = [
 ]
 
 
-def features(net: Any, middle: Any, x: Tensor, t: Tensor, cond: Any, **options: Any) -> tuple[Any, Tensor]:
-    """The answer at (x, t) and the middle features of the same call."""
+def features(net: Any, middle: Any, x: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
+    """The network's own output at (x, t) and the middle features of the same call."""
     with tapped(middle) as seen:
-        answer = net(x, t, cond, **options)
-    return answer, seen[-1]
+        raw = net(x, t, cond, read=False)
+    return raw, seen[-1]
 
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
@@ -165,7 +165,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
             run.update(learners, squared(fake(process.mix(x, eps, t), t, cond, read=False), start.target(x, eps, t)))
             continue
         assert setting.truth is not None
-        said, judged = features(fake, middle, process.mix(x, eps, t), t, cond, read=False)
+        said, judged = features(fake, middle, process.mix(x, eps, t), t, cond)
         data = run.shard(setting.truth(cfg.batch, cond))
         truth = head(features(fake, middle, process.mix(data, torch.randn_like(data), t), t, cond)[1])
         run.update(
