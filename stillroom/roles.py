@@ -28,23 +28,27 @@ class Role:
     parameters: list[nn.Parameter]
     weight: Any = 0.0
     """What the gradients accumulated in this step are to be divided by."""
+    reaches: bool | None = None
+    """Whether losses of this role reach parameters of other roles; None before its first update."""
 
 
 class Ema:
     """An exponential moving average of a network's parameters; buffers are copied. `net` is a frozen network."""
 
     def __init__(self, run: Run, source: nn.Module, decay: float):
-        self.run, self.source, self.decay, self.net = run, source, decay, run.engine.copy(source)
+        self.run, self.decay, self.net = run, decay, run.engine.copy(source)
+        source = run.engine.module(source)
+        self._mine: list[torch.Tensor] = list(self.net.parameters())
+        self._theirs: list[torch.Tensor] = list(source.parameters())
+        self._buffers = list(zip(self.net.buffers(), source.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self, decay: float | None = None) -> None:
         """After an optimizer step: average <- decay * average + (1 - decay) * parameters. Waits for the last chunk of a step."""
         if self.run.chunk + 1 < self.run.accumulate:
             return
-        source = self.run.engine.module(self.source)
-        mine, theirs = [[p.detach() for p in net.parameters()] for net in (self.net, source)]
-        torch._foreach_lerp_(mine, theirs, 1 - (self.decay if decay is None else decay))
-        for average, buffer in zip(self.net.buffers(), source.buffers(), strict=True):
+        torch._foreach_lerp_(self._mine, self._theirs, 1 - (self.decay if decay is None else decay))
+        for average, buffer in self._buffers:
             average.copy_(buffer)
 
 
@@ -77,18 +81,37 @@ def backward(run: Run, roles: list[Role], loss: torch.Tensor, weight: Any) -> No
         loss = loss * weight
     elif run.world > 1:
         loss = loss * (weight * run.world / run.engine.sum(torch.as_tensor(weight, dtype=torch.float32, device=run.device)))
-    if len(run.roles) == len(roles):
-        loss.backward()
-    elif run.world == 1:
-        loss.backward(inputs=[p for role in roles for p in role.parameters if p.requires_grad])
-    else:  # DDP's and FSDP2's hooks need the ordinary backward: set the other roles' gradients aside meanwhile
-        others = [p for role in run.roles.values() if role not in roles for p in role.parameters]
-        aside = [p.grad for p in others]
-        for p in others:
-            p.grad = None
-        loss.backward()
-        for p, gradient in zip(others, aside, strict=True):
-            p.grad = gradient
+    others = [p for role in run.roles.values() if role not in roles for p in role.parameters] if len(run.roles) > len(roles) else []
+    if others and run.world == 1:  # DDP's and FSDP2's hooks need the ordinary backward
+        if roles[0].reaches is None:
+            roles[0].reaches = _reaches(loss, others)
+        if roles[0].reaches:
+            loss.backward(inputs=[p for role in roles for p in role.parameters if p.requires_grad])
+            return
+    # Without a list of inputs autograd walks the graph faster.
+    aside = [(p, p.grad) for p in others if p.grad is not None]
+    for p, _ in aside:
+        p.grad = None
+    loss.backward()
+    for p in others:
+        if p.grad is not None:
+            p.grad, roles[0].reaches = None, True
+    for p, gradient in aside:
+        p.grad = gradient
+
+
+def _reaches(loss: torch.Tensor, parameters: list[nn.Parameter]) -> bool:
+    """Whether a backward pass from `loss` would give gradients to any of the parameters."""
+    wanted, seen, ahead = {id(p) for p in parameters}, set(), [loss.grad_fn]
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        seen.add(node)
+        ahead.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def step(run: Run, role: Role) -> None:

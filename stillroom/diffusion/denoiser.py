@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.processes import TINY, Process, Time, along, as_time
+from stillroom.diffusion.processes import TINY, Process, Time, along, as_time, blend
 from stillroom.errors import UserError
 
 PredictionType = Literal["x0", "eps", "v", "velocity", "score", "edm"]
@@ -63,30 +64,6 @@ class Denoiser(nn.Module):
             x = x / unit
         return self.net(x, clock.to(x.dtype).expand(len(x)), cond)
 
-    def _affine(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(p, q, r, s) with x0 = p x + q raw and eps = r x + s raw: every parametrization is affine in every other."""
-        a, s = self.process.alpha(t), self.process.sigma(t)
-        match self.prediction:
-            case "x0":
-                over = 1 / s.clamp_min(TINY)
-                return torch.zeros_like(a), torch.ones_like(a), over, -a * over
-            case "eps":
-                over = 1 / a.clamp_min(TINY)
-                return over, -s * over, torch.zeros_like(a), torch.ones_like(a)
-            case "score":
-                over = 1 / a.clamp_min(TINY)
-                return over, s**2 * over, torch.zeros_like(a), -s
-            case "v":
-                return a, -s, s, a
-            case "velocity":
-                (da, ds), scale = self.process.rates(t), 1 / self.process.wronskian
-                unit = scale * getattr(self.process, "sigma_data", 1.0)
-                return ds * scale, s * -unit, da * -scale, a * unit
-            case _:
-                rho, sd, over = s / a.clamp_min(TINY), self.sigma_data, 1 / a.clamp_min(TINY)
-                total = rho**2 + sd**2
-                return sd**2 / total * over, rho * sd / total.sqrt(), rho / total * over, -sd / total.sqrt()
-
     def target(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
         """What `raw` should answer at mix(x0, eps, t): the regression target of training in the network's own parametrization."""
         process, t = self.process, as_time(t, x0)
@@ -100,7 +77,9 @@ class Denoiser(nn.Module):
             case "v":
                 return process.v(x0, eps, t)
             case "velocity":
-                return process.velocity(x0, eps, t) / getattr(process, "sigma_data", 1.0)
+                unit = getattr(process, "sigma_data", 1.0)
+                velocity = process.velocity(x0, eps, t)
+                return velocity if unit == 1 else velocity / unit
             case _:
                 rho, sd = process.rho(t), self.sigma_data
                 root = (rho**2 + sd**2).sqrt()
@@ -108,8 +87,12 @@ class Denoiser(nn.Module):
 
     def read(self, raw: Tensor, x: Tensor, t: Time) -> Prediction:
         """The pair behind a raw output given for (x, t)."""
-        p, q, r, s = (along(c, x) for c in torch.stack(self._affine(as_time(t, x))).to(x.dtype))
-        return Prediction(torch.addcmul(p * x, q, raw), torch.addcmul(r * x, s, raw))
+        kind = (self.process, self.prediction, self.sigma_data)
+        if isinstance(t, Tensor):
+            p, q, r, s = torch.stack(_affine(*kind, as_time(t, x))).to(x.dtype).reshape(4, -1, *[1] * (x.ndim - 1))
+            return Prediction(torch.addcmul(p * x, q, raw), torch.addcmul(r * x, s, raw))
+        a, b, c, d = _numbers(*kind, float(t))
+        return Prediction(blend(a, x, b, raw), blend(c, x, d, raw))
 
     def forward(self, x: Tensor, t: Time, cond: Any = None, process: Process | None = None, *, read: bool = True) -> Any:
         """(x0, eps) at x [B, ...] and time t (a number or [B]) of `process`, the denoiser's own if not given; with `read` false the
@@ -118,6 +101,37 @@ class Denoiser(nn.Module):
             x, t = translate(x, t, process, self.process)
         raw = self.raw(x, t, cond)
         return self.read(raw, x, t) if read else raw
+
+
+def _affine(process: Process, prediction: PredictionType, sigma_data: float, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(p, q, r, s) with x0 = p x + q raw and eps = r x + s raw: every parametrization is affine in every other."""
+    a, s = process.alpha(t), process.sigma(t)
+    match prediction:
+        case "x0":
+            over = 1 / s.clamp_min(TINY)
+            return torch.zeros_like(a), torch.ones_like(a), over, -a * over
+        case "eps":
+            over = 1 / a.clamp_min(TINY)
+            return over, -s * over, torch.zeros_like(a), torch.ones_like(a)
+        case "score":
+            over = 1 / a.clamp_min(TINY)
+            return over, s**2 * over, torch.zeros_like(a), -s
+        case "v":
+            return a, -s, s, a
+        case "velocity":
+            (da, ds), scale = process.rates(t), 1 / process.wronskian
+            unit = scale * getattr(process, "sigma_data", 1.0)
+            return ds * scale, s * -unit, da * -scale, a * unit
+        case _:
+            rho, over = s / a.clamp_min(TINY), 1 / a.clamp_min(TINY)
+            total = rho**2 + sigma_data**2
+            return sigma_data**2 / total * over, rho * sigma_data / total.sqrt(), rho / total * over, -sigma_data / total.sqrt()
+
+
+@lru_cache(maxsize=4096)
+def _numbers(process: Process, prediction: PredictionType, sigma_data: float, t: float) -> tuple[float, ...]:
+    """`_affine` at one time, which sampling and roll-outs ask for again and again."""
+    return tuple(float(c) for c in _affine(process, prediction, sigma_data, as_time(t)))
 
 
 class Guided(nn.Module):

@@ -9,14 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stillroom.diffusion.denoiser import Prediction
 from stillroom.diffusion.processes import TINY, Process, Time, along, as_time
 
 Weight = Literal["x0", "eps", "v", "velocity", "edm"]
 
 
 def weight(kind: Weight, process: Process, t: Time, sigma_data: float = 0.5) -> Tensor:
-    """Weight of ||D - x0||^2 that makes it the named loss, float64 like t.
+    """Weight of ||D - x0||^2 that makes it the squared error of the named parametrization (`Denoiser.target`), float64 like t.
 
     eps: alpha^2 / sigma^2; v: 1 / sigma^2 (unit norm); velocity: (alpha sigma' - alpha' sigma)^2 / sigma^2, which is 1 / t^2 in Flow;
     edm: 1 / rho^2 + 1 / sigma_data^2 (DMD2's "karras").
@@ -34,25 +33,6 @@ def weight(kind: Weight, process: Process, t: Time, sigma_data: float = 0.5) -> 
             return ((a * ds - da * s) / s) ** 2
         case "edm":
             return process.rho(t).clamp_min(TINY) ** -2 + sigma_data**-2
-
-
-def denoise(pair: Prediction, x0: Tensor, eps: Tensor, t: Time, process: Process, kind: Weight, sigma_data: float = 0.5) -> Tensor:
-    """[B] mean squared error in the named parametrization, for the prediction at x_t = mix(x0, eps, t).
-
-    Written in the parametrization itself (equal to the weighted x0 error, but finite at both ends).
-    """
-    match kind:
-        case "x0":
-            gap = pair.x0 - x0
-        case "eps":
-            gap = pair.eps - eps
-        case "v":
-            gap = process.v(pair.x0 - x0, pair.eps - eps, t)  # linear in the pair
-        case "velocity":
-            gap = process.velocity(pair.x0 - x0, pair.eps - eps, t)
-        case "edm":
-            gap = (pair.x0 - x0) * along(weight("edm", process, as_time(t, x0), sigma_data).sqrt(), x0)
-    return per_sample(gap**2)
 
 
 def per_sample(values: Tensor) -> Tensor:

@@ -43,6 +43,12 @@ def along(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient if coefficient.ndim == 0 else coefficient.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def blend(a: float, x: Tensor, b: float, y: Tensor) -> Tensor:
+    """a x + b y for numbers a and b, without the passes over x and y that change nothing; x itself when a = 1 and b = 0."""
+    x = x if a == 1 else a * x
+    return torch.add(x, y, alpha=b) if b else x
+
+
 def shifted(u: Any, shift: float) -> Any:
     """The flow shift m u / (1 + (m - 1) u) of a share u of the way from data to noise."""
     return u if shift == 1 else shift * u / (1 + (shift - 1) * u)
@@ -88,11 +94,15 @@ class Process:
 
     def mix(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
         """alpha_t x0 + sigma_t eps: noising, and with a predicted pair the deterministic (DDIM) jump to time t."""
+        if not isinstance(t, Tensor):
+            alpha, sigma = _coefficients(self, float(t))
+            return blend(alpha, x0, sigma, eps)
         return torch.addcmul(along(self.alpha(t), x0) * x0, along(self.sigma(t), x0), eps)
 
     def start(self, z: Tensor) -> Tensor:
         """Unit noise z as the state at the noise end."""
-        return along(self.sigma(self.noisy), z) * z
+        sigma = _coefficients(self, self.noisy)[1]
+        return z if sigma == 1 else sigma * z
 
     def kernel(self, s: Time, t: Time) -> tuple[Tensor, Tensor]:
         """(alpha_{t|s}, sigma_{t|s}) of x_t | x_s ~ N(alpha_{t|s} x_s, sigma_{t|s}^2 I), t noisier than s."""
@@ -144,6 +154,12 @@ class Process:
         """Times of Karras noise levels; `index` in [0, 1] counts from the largest level."""
         a, b = high ** (1 / exponent), low ** (1 / exponent)
         return self.time((a + as_time(index) * (b - a)) ** exponent)
+
+
+@lru_cache(maxsize=4096)
+def _coefficients(process: Process, t: float) -> tuple[float, float]:
+    """(alpha, sigma) at one time: the times of a grid come again in every step, and numbers need no copy to the device."""
+    return float(process.alpha(t)), float(process.sigma(t))
 
 
 @dataclass(frozen=True)
@@ -287,6 +303,9 @@ class Flow(Process):
         one = torch.ones_like(as_time(t))
         return -one, one
 
+    def velocity(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
+        return eps - x0
+
     def time(self, rho: Time) -> Tensor:
         rho = as_time(rho)
         return torch.where(rho.isinf(), torch.ones_like(rho), rho / (1 + rho))
@@ -310,6 +329,9 @@ class ReversedFlow(Process):
     def rates(self, t: Time) -> tuple[Tensor, Tensor]:
         one = torch.ones_like(as_time(t))
         return one, -one
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
+        return x0 - eps
 
     def time(self, rho: Time) -> Tensor:
         return 1 / (1 + as_time(rho))

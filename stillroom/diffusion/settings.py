@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser, Guided, take
 from stillroom.diffusion.exact import Mixture, four_classes, grid, ring
-from stillroom.diffusion.objectives import denoise
+from stillroom.diffusion.objectives import squared
 from stillroom.diffusion.processes import VP, Flow, Process
 from stillroom.diffusion.sampling import sample
 from stillroom.errors import UserError
@@ -112,14 +112,14 @@ def pretrained(run: Run, name: str, small: Callable[[int], Denoiser], teacher: M
     with run.stage(f"init-{name}", shared=(pretrained, name, teacher, optimizer, steps, batch, classes)) as stage:
         net, adam = stage.trainable("net", small(1), optimizer)
         plain = stage.unwrap(net)
-        process, kind = plain.process, plain.prediction
+        process = plain.process
         for _ in stage.steps(steps):
             label = torch.randint(classes, (batch,), device=stage.device) if classes else None
             x0, label = stage.shard((teacher.sample(batch, label), label))
             if label is not None:
                 label = torch.where(torch.rand(len(label), device=label.device) < 0.15, -1, label)
             eps, t = torch.randn_like(x0), process.uniform(len(x0), device=x0.device)
-            stage.update(adam, denoise(net(process.mix(x0, eps, t), t, label), x0, eps, t, process, kind))
+            stage.update(adam, squared(net(process.mix(x0, eps, t), t, label, read=False), plain.target(x0, eps, t)))
         return stage.unwrap(net)
 
 

@@ -120,13 +120,22 @@ def test_only_the_given_role_learns_and_no_gradient_is_left_behind(tmp_path: Pat
         a, a_opt = bare(run, [1.0], "a")
         b, b_opt = bare(run, [1.0], "b")
         c, c_opt = bare(run, [1.0], "c")
-        for _ in run.steps(1):
+        for _ in run.steps(2):  # the second step knows that the losses of `a` reach the others
             run.update(a_opt, (2 * a + 3 * b + 5 * c).sum())
             if run.chunk == 0:
                 assert b.grad is c.grad is None
             run.update((b_opt, c_opt), (a.detach() + 7 * b + 11 * c).sum())
-    assert [w.item() for w in (a, b, c)] == [-1.0, -6.0, -10.0]
+    assert [w.item() for w in (a, b, c)] == [-3.0, -13.0, -21.0]
     assert a.grad is b.grad is c.grad is None
+
+
+def test_a_loss_that_reaches_another_role_only_later_teaches_the_given_one(run: Run) -> None:
+    a, a_opt = bare(run, [1.0], "a")
+    b, _ = bare(run, [1.0], "b")
+    for step in run.steps(3):
+        run.update(a_opt, (2 * a + step * b).sum())
+        assert b.grad is None
+    assert (a.item(), b.item()) == (-5.0, 1.0)
 
 
 def test_a_role_may_be_updated_twice_in_a_step(run: Run) -> None:

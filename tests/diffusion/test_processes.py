@@ -10,17 +10,9 @@ import torch
 
 from stillroom.diffusion.denoiser import Denoiser, translate
 from stillroom.diffusion.exact import Gaussian, Mixture
-from stillroom.diffusion.objectives import cm_scalings, lcm_scalings, scm_tangent, weight
 from stillroom.diffusion.processes import DDPM, EDM, VP, Flow, Process, ReversedFlow, Trig
 from stillroom.diffusion.sampling import ddim, gamma_step, heun, sample
-
-PROCESSES: list[Process] = [EDM(), VP(), DDPM(), Flow(), ReversedFlow(), Trig(0.5), Trig(1.3)]
-IDS = [type(p).__name__ + str(i) for i, p in enumerate(PROCESSES)]
-RHOS = torch.tensor([0.02, 0.1, 0.5, 1.0, 3.0, 12.0], dtype=torch.float64)
-
-
-def each(argument: str = "process") -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(argument, PROCESSES, ids=IDS)
+from tests.diffusion.every import PROCESSES, RHOS, each
 
 
 def gaussian(process: Process) -> Gaussian:
@@ -323,65 +315,6 @@ def test_trig_is_edm_in_rotated_coordinates() -> None:
     torch.testing.assert_close(edm.x0, rotated.x0)
 
 
-@each()
-def test_weights_make_the_named_loss(process: Process) -> None:
-    from stillroom.diffusion.denoiser import Prediction
-    from stillroom.diffusion.objectives import denoise
-
-    t = process.time(RHOS)
-    x0, eps, guess = (torch.randn(6, 3, dtype=torch.float64) for _ in range(3))
-    x = process.mix(x0, eps, t)
-    a, s = process.alpha(t)[:, None], process.sigma(t)[:, None]
-    pair = Prediction(guess, (x - a * guess) / s)
-    kinds = ["x0", "eps", "edm"] + (["v"] if isinstance(process, VP) else ["velocity"])
-    for kind in kinds:
-        expected = weight(kind, process, t) * ((guess - x0) ** 2).mean(1)  # type: ignore[arg-type]
-        torch.testing.assert_close(denoise(pair, x0, eps, t, process, kind), expected)  # type: ignore[arg-type]
-    torch.testing.assert_close(weight("velocity", Flow(), 0.3), torch.tensor(1 / 0.09, dtype=torch.float64))
-    torch.testing.assert_close(weight("velocity", ReversedFlow(), 0.3), torch.tensor(1 / 0.49, dtype=torch.float64))
-    torch.testing.assert_close(weight("edm", EDM(), 2.0), torch.tensor((4 + 0.25) / (2.0 * 0.5) ** 2, dtype=torch.float64))
-
-
-def test_consistency_scalings_are_the_identity_at_their_end() -> None:
-    skip, out = cm_scalings(0.002)
-    assert float(skip) == 1.0
-    assert float(out) == 0.0
-    skip, out = lcm_scalings(0)
-    assert float(skip) == 1.0
-    assert float(out) == 0.0
-    skip, out = lcm_scalings(50)
-    np.testing.assert_allclose([float(skip), float(out)], [0.25 / (500**2 + 0.25), 500 / (500**2 + 0.25) ** 0.5])
-
-
-def test_the_exact_consistency_function_has_no_tangent() -> None:
-    sd, trig = 0.5, Trig(0.5)
-    data = Gaussian(torch.tensor([0.4, -0.2], dtype=torch.float64), 0.7, trig)
-
-    def F(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        x = x * sd
-        mean = t.cos()[:, None] * data.mean
-        width = (t.cos() ** 2 * 0.49 + sd**2 * t.sin() ** 2).sqrt()[:, None]
-        f = data.mean + 0.7 / width * (x - mean)
-        return (t.cos()[:, None] * x - f) / (sd * t.sin()[:, None])
-
-    t = torch.tensor([0.1, 0.5, 1.0, 1.5], dtype=torch.float64)
-    x = torch.randn(4, 2, dtype=torch.float64)
-    velocity = trig.velocity(*data(x, t), t)
-    _, g = scm_tangent(F, x, t, velocity, sd, ramp=1.0, settle=None)
-    torch.testing.assert_close(g, torch.zeros_like(g), atol=1e-9, rtol=0)
-    torch.testing.assert_close(data.flow_map(x, t, 0.0), t.cos()[:, None] * x - sd * t.sin()[:, None] * F(x / sd, t))
-    # a wrong function has cos(t) df/dt as its tangent
-    _, g = scm_tangent(lambda x, t: 0.3 * x + t[:, None] ** 2, x, t, velocity, sd, ramp=1.0, settle=None)
-    h = 1e-6
-
-    def f(s: torch.Tensor) -> torch.Tensor:
-        y = data.flow_map(x, t, s)
-        return s.cos()[:, None] * y - sd * s.sin()[:, None] * (0.3 * y / sd + s[:, None] ** 2)
-
-    slope = (f(t + h) - f(t - h)) / (2 * h)
-    torch.testing.assert_close(g, t.cos()[:, None] * slope, atol=1e-6, rtol=1e-5)
-
-
 def test_half_precision_keeps_the_small_end() -> None:
     x0, eps = torch.randn(2, 64).to(torch.bfloat16), torch.randn(2, 64).to(torch.bfloat16)
     for process in PROCESSES:
@@ -389,3 +322,27 @@ def test_half_precision_keeps_the_small_end() -> None:
         assert mixed.dtype == torch.bfloat16
         assert mixed.isfinite().all()
     assert float(VP().rho(0)) == pytest.approx(0.0291672, rel=1e-4)
+
+
+@each()
+def test_a_number_and_a_tensor_of_times_give_the_same(process: Process) -> None:
+    kinds = ["x0", "eps", "edm", "score"] + (["v"] if isinstance(process, VP) else ["velocity"])
+    x, y = torch.randn(2, 3, 5, dtype=torch.float64)
+    for share in (0.0, 0.3, 1.0):
+        t = float(process.place(share))
+        times = torch.full((3,), t, dtype=torch.float64)
+        torch.testing.assert_close(process.mix(x, y, t), process.mix(x, y, times))
+        for kind in kinds:
+            denoiser = Denoiser(torch.nn.Identity(), process, kind)  # type: ignore[arg-type]
+            torch.testing.assert_close(tuple(denoiser.read(y, x, t)), tuple(denoiser.read(y, x, times)))
+    assert process.mix(x, y, process.clean) is x
+
+
+@each()
+def test_velocity_is_the_derivative_of_the_path(process: Process) -> None:
+    if isinstance(process, VP):
+        return
+    x0, eps = torch.randn(2, 6, 3, dtype=torch.float64)
+    t, h = process.time(RHOS), 1e-6
+    slope = (process.mix(x0, eps, t + h) - process.mix(x0, eps, t - h)) / (2 * h)
+    torch.testing.assert_close(process.velocity(x0, eps, t), slope, rtol=1e-6, atol=1e-7)
