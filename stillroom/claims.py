@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillroom import catalogue
-from stillroom.errors import UserError
+from stillroom.errors import UserError, needs
 
 Verdict = Literal["holds", "fails", "undecided"]
 
@@ -72,13 +72,15 @@ def verify(
     seeds: int = 5,
     jobs: int = 1,
     *,
+    first_seed: int = 0,
     folder: Path = Path("runs/verify"),
     cache: Path | None = None,
     backend: str = "loky",
     changes: dict[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Run all arms of a recipe over seeds 0..seeds-1; the ledger entry. What an interrupted verification finished is not run again.
+    """Run all arms of a recipe over `seeds` seeds from `first_seed` on; the ledger entry. What an interrupted verification finished is
+    not run again.
 
     jobs: arm-seeds at once, each on one thread. backend: joblib's "loky" (processes here), "ray" or "dask" (a cluster).
     changes: overrides of every arm's config, by dotted name (a smaller size for a test, say).
@@ -89,19 +91,17 @@ def verify(
 
     recipe = catalogue.load(name)
     source = Path(recipe.__file__).read_text()
+    code = fingerprint(source, *(file.read_text() for file in sorted(Path(__file__).parent.rglob("*.py"))))
+    chosen = range(first_seed, first_seed + seeds)
     work = []
     for arm in recipe.ARMS:
         config = catalogue.config_of(recipe, arm, catalogue.configs.override(recipe.Config(), changes or {}))
-        # Named by what it ran, so that a changed recipe or config never meets old results.
-        place = folder / name / f"{arm}-{fingerprint(source, config)[:8]}"
-        work += [(arm, seed, joblib.delayed(_arm_seed)(name, arm, config, seed, place / f"seed{seed}", cache)) for seed in range(seeds)]
+        # Named by what it ran, so that changed code or a changed config never meets old results.
+        place = folder / name / f"{arm}-{fingerprint(code, config)[:8]}"
+        work += [(arm, seed, joblib.delayed(_arm_seed)(name, arm, config, seed, place / f"seed{seed}", cache)) for seed in chosen]
     work.sort(key=lambda item: item[1])  # seed by seed, so that an early look shows whole pairs
     if backend == "ray":
-        try:
-            from ray.util.joblib import register_ray
-        except ImportError:
-            raise UserError("--backend ray needs ray: pip install 'stillroom[ray]'", code=2) from None
-        register_ray()
+        needs("ray.util.joblib", "ray", "--backend ray").register_ray()
     if backend == "dask" and util.find_spec("distributed") is None:
         raise UserError("--backend dask needs dask: pip install 'dask[distributed]'", code=2)
     with joblib.parallel_config(backend=backend, n_jobs=jobs):
@@ -120,6 +120,7 @@ def verify(
         "recipe": name,
         "claims": [outcome(claim, metrics) for claim in recipe.CLAIMS],
         "seeds": seeds,
+        "first_seed": first_seed,
         "changes": changes or {},
         "arms": {
             arm: {
@@ -131,7 +132,7 @@ def verify(
         },
         "source": fingerprint(source),
         **{k: v for k, v in results[0][2].items() if k in ("versions", "processor")},
-        # Several, if the code changed between interrupted verifications.
+        # Several, if there was a commit between interrupted verifications.
         "commit": ", ".join(dict.fromkeys(result["commit"] for _, _, result in results if result["commit"])) or None,
     }
 

@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import Positional
 
 from stillroom import catalogue, claims
-from stillroom.config import Count, NonNegative
+from stillroom.config import Count, Natural, NonNegative
 from stillroom.errors import UserError
 
 app = tyro.extras.SubcommandApp()
@@ -237,6 +237,7 @@ def verify(
     seeds: Count = 5,
     jobs: Count = 2,
     backend: Literal["loky", "ray", "dask"] = "loky",
+    first_seed: Natural = 0,
     out: Path = Path("runs/verify"),
     ledger: Path | None = None,
     cache: Path | None = None,
@@ -246,9 +247,11 @@ def verify(
     Args:
         name: a recipe of `stillroom list`.
         all: every recipe.
-        seeds: paired seeds, from 0.
+        seeds: paired seeds.
         jobs: arm-seeds at once, each on one thread.
         backend: joblib's: processes here, or the ray or dask cluster that this process is connected to.
+        first_seed: the first of them. From another one than 0 the ledger stays as it is, and the entry goes beside the runs: a check, on
+            draws that no setting was chosen by, of what the ledger says.
         out: where the runs are kept; what finished there is not run again.
         ledger: folder of the ledger; default: this checkout's, else ./ledger.
         cache: the store; default: $STILLROOM_CACHE, else the platform's cache folder.
@@ -271,8 +274,9 @@ def verify(
                 bar.update()
                 bar.set_postfix_str(line)
 
-            entry = claims.verify(each, seeds, jobs, folder=out, cache=cache, backend=backend, progress=progress)
-        file = claims.write_ledger(entry, ledger)
+            entry = claims.verify(each, seeds, jobs, folder=out, cache=cache, backend=backend, progress=progress, first_seed=first_seed)
+        beside = out / each / f"seeds-from-{first_seed}" if first_seed and ledger is None else ledger
+        file = claims.write_ledger(entry, beside)
         table = Table(
             "claim",
             "metric",
@@ -281,7 +285,7 @@ def verify(
             "difference [95 %]",
             "margin",
             "verdict",
-            title=f"{each}, {seeds} seeds",
+            title=f"{each}, {seeds} seeds from {first_seed}",
             title_justify="left",
         )
         for c in entry["claims"]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stillroom.errors import UserError
+from stillroom.errors import UserError, needs
 from stillroom.optim import BuildOptimizer
 
 Precision = Literal["fp32", "bf16"]
@@ -290,8 +290,6 @@ def make(kind: Literal["auto", "local", "ddp", "fsdp2"] = "auto", device: str | 
     if kind == "fsdp2":
         return Fsdp2(device, precision)
     if kind == "ddp" or (kind == "auto" and several):
-        try:
-            return Ddp(device, precision)
-        except ImportError:
-            raise UserError("several processes need accelerate: pip install 'stillroom[hf]'") from None
+        needs("accelerate", "hf", "a run in several processes")
+        return Ddp(device, precision)
     return Local(device, precision)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom import hub
-from stillroom.data.load import needs
-from stillroom.errors import UserError
+from stillroom.errors import UserError, needs
 from stillroom.metrics.cost import cost
 from stillroom.store import replacing, write_atomic
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillroom.data.images import ImageData
-from stillroom.data.load import needs
-from stillroom.errors import UserError
+from stillroom.errors import UserError, needs
 from stillroom.nets import packed
 from stillroom.nets.build import build
 from stillroom.nets.parts import Normalise

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stillroom.errors import UserError
+from stillroom.errors import needs
 
 
 class Clock:
@@ -62,10 +62,9 @@ class MetricsLog:
 
 
 def _events(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the package: pip install 'stillroom[tensorboard]'", code=2) from None
+    needs("tensorboard", "tensorboard", "--tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder))
 
 

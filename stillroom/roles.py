@@ -38,8 +38,7 @@ class Ema:
     def __init__(self, run: Run, source: nn.Module, decay: float):
         self.run, self.decay, self.net = run, decay, run.engine.copy(source)
         source = run.engine.module(source)
-        self._mine: list[torch.Tensor] = list(self.net.parameters())
-        self._theirs: list[torch.Tensor] = list(source.parameters())
+        self._parameters: tuple[list[torch.Tensor], list[torch.Tensor]] = (list(self.net.parameters()), list(source.parameters()))
         self._buffers = list(zip(self.net.buffers(), source.buffers(), strict=True))
 
     @torch.no_grad()
@@ -47,7 +46,7 @@ class Ema:
         """After an optimizer step: average <- decay * average + (1 - decay) * parameters. Waits for the last chunk of a step."""
         if self.run.chunk + 1 < self.run.accumulate:
             return
-        torch._foreach_lerp_(self._mine, self._theirs, 1 - (self.decay if decay is None else decay))
+        torch._foreach_lerp_(*self._parameters, 1 - (self.decay if decay is None else decay))
         for average, buffer in self._buffers:
             average.copy_(buffer)
 

@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from stillroom import hub
 from stillroom.data.images import ImageData
-from stillroom.data.load import needs
-from stillroom.errors import UserError
+from stillroom.errors import UserError, needs
 from stillroom.nets.build import build
 from stillroom.nets.vit import MaskedDecoder, ViT
 

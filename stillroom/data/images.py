@@ -175,6 +175,12 @@ def balanced_rows(labels: Tensor, count: int, generator: torch.Generator) -> Ten
     return order[turn.argsort(stable=True)[:count]]
 
 
+def of_classes(split: Split, low: int, high: int) -> Split:
+    """The rows of classes low..high-1, counted from 0."""
+    rows = ((split.labels >= low) & (split.labels < high)).nonzero().squeeze(1)
+    return split.subset(rows, split.labels[rows] - low)
+
+
 def keep_labels(train: Split, count: int, generator: torch.Generator) -> tuple[Split, Split | None]:
     """Split off `count` class-balanced labelled rows; all other rows, without their labels, are the transfer set (None if empty)."""
     chosen = balanced_rows(train.labels, count, generator)

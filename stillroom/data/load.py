@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillroom.config import Natural
 from stillroom.data.decode import Cells, Decoder, Files, decode_rows, readable_rows, stamp
 from stillroom.data.embedded import digits, shapes, spiral
 from stillroom.data.images import ImageData, LazySplit, MemorySplit, Split, balanced_rows, keep_labels, spoil_labels
-from stillroom.errors import UserError
+from stillroom.errors import UserError, needs
 from stillroom.store import fingerprint
 
 Cache = Callable[..., dict[str, Tensor]]
@@ -41,6 +41,29 @@ class Rows:
     source: Files | Cells
     labels: Tensor
     classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """What a recipe on images reads: its Config inherits these flags."""
+
+    data: str = "digits"
+    """digits, shapes, spiral, a folder of image folders or parquet files, or hub:ID."""
+    limit: Natural = 0
+    """Use at most this many training and test images. 0: all."""
+    image_size: Natural = 0
+    """Scale and crop images to this many pixels a side. 0: as they are."""
+    skip_bad: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
+
+    def load(self, run: Any, spec: str = "", *, labelled: int = 0, **choices: Any) -> ImageData:
+        """The task that `data`, or else `spec`, names, drawn from the run's seed and on its device; see `load_images`."""
+        size, limit = self.image_size or None, self.limit or None
+        loaded = load_images(
+            spec or self.data, seed=run.seed, labelled=labelled or None, limit=limit, image_size=size, skip_bad=self.skip_bad,
+            cache=run.cached, **choices,
+        )  # fmt: skip
+        return loaded.to(run.device)
 
 
 def load_images(
@@ -86,14 +109,6 @@ def load_images(
         train, unlabelled = keep_labels(train, labelled, generator)
     train = spoil_labels(train, noise, len(classes), generator)
     return ImageData.of(spec, train, test, classes, unlabelled if transfer else None)
-
-
-def needs(module: str, extra: str) -> Any:
-    """The imported module, or a UserError that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"This needs the package {module.split('.')[0]!r}: pip install 'stillroom[{extra}]'") from error
 
 
 def _decoded(

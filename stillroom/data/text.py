@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stillroom.data.images import Batch, balanced_rows
-from stillroom.data.load import LABEL_COLUMNS, TEST_NAMES, needs
-from stillroom.errors import UserError
+from stillroom.data.load import LABEL_COLUMNS, TEST_NAMES
+from stillroom.errors import UserError, needs
 from stillroom.store import fingerprint
 
 TEXT_COLUMNS = ("text", "sentence", "content")

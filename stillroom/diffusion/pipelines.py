@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser, PredictionType
 from stillroom.diffusion.processes import VP, Flow, Process
-from stillroom.errors import UserError
+from stillroom.errors import UserError, needs
 
 PREDICTIONS: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -271,10 +271,7 @@ def load(where: str, size: int = 0, guidance: float = 1.0) -> Pipeline:
 
     UserError for anything that is not a usable pipeline.
     """
-    try:
-        import diffusers
-    except ImportError:
-        raise UserError("--teacher diffusers:... needs diffusers: pip install 'stillroom[diffusers]'") from None
+    diffusers = needs("diffusers", "diffusers", "--teacher diffusers:...")
     folder = Path(where)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(f"{where} is not a diffusers pipeline: it holds no model_index.json. Give the folder that save_pretrained wrote.")

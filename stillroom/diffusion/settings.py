@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stillroom.config import Natural, NonNegative
 from stillroom.diffusion.denoiser import Denoiser, Guided, take
 from stillroom.diffusion.exact import Mixture, four_classes, grid, ring
 from stillroom.diffusion.objectives import squared
@@ -205,6 +206,26 @@ def digits(name: str, teacher: Mixture) -> Setting:
         return pretrained(run, name, small, teacher, batch=64)
 
     return Setting(name, teacher, teacher.process, (1, 8, 8), student, small, evaluate, show, truth=teacher.sample)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Which teacher a few-step recipe distils: its Config inherits these flags."""
+
+    teacher: str = "ring"
+    """ring, grid, classes, digits (exact, nothing to train), or diffusers:FOLDER-OR-ID."""
+    prompts: str = ""
+    """Text file with one prompt per line (diffusers only)."""
+    size: Natural = 0
+    """Image size in pixels (diffusers only); 0 is the pipeline's own."""
+    guidance: NonNegative = 1.0
+    """Classifier-free guidance of the teacher (1: none); the input of a network with guidance embedding (FLUX.1-dev)."""
+    fid: str = ""
+    """Folder of real images, or "teacher": FID of the samples against them (diffusers only; pip install 'stillroom[fid]')."""
+
+    def setting(self) -> Setting:
+        """See `load`."""
+        return load(self.teacher, self.prompts, self.size, self.guidance, self.fid)
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------------------

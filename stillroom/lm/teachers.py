@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stillroom.errors import UserError
+from stillroom.errors import UserError, needs
 from stillroom.lm.tokenizer import Characters
 from stillroom.nets.decoder import Decoder, GateOptions
 from stillroom.store import Store, replacing
@@ -58,11 +58,10 @@ def _own(folder: Path, config: dict[str, Any]) -> tuple[Decoder, Characters]:
 
 
 def _transformers(name: str) -> tuple[nn.Module, Any]:
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise UserError(f"{name} needs transformers: pip install 'stillroom[hf]'.") from None
+    needs("transformers", "hf", name)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

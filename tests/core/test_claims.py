@@ -234,3 +234,14 @@ def test_the_commands_write_the_ledger_and_its_page(hello: Path, capsys) -> None
     assert "1 [1, 1]" in out
     assert main(["ledger", "--folder", "ledger", "--out", "docs/ledger.md"]) == 0
     assert "## hello" in (hello / "docs" / "ledger.md").read_text()
+
+
+def test_fresh_seeds_are_other_draws_and_leave_the_ledger_alone(hello: Path) -> None:
+    words = ["verify", "hello", "--seeds", "2", "--jobs", "1"]
+    assert main([*words, "--ledger", "ledger"]) == 0
+    before = (hello / "ledger" / "hello.json").read_text()
+    assert main([*words, "--first-seed", "2"]) == 0
+    fresh = json.loads((hello / "runs" / "verify" / "hello" / "seeds-from-2" / "hello.json").read_text())
+    assert fresh["first_seed"] == 2
+    assert {seed for arm in fresh["arms"].values() for seed in arm["metrics"]} == {"2", "3"}
+    assert (hello / "ledger" / "hello.json").read_text() == before

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from stillroom import catalogue
 from stillroom.adapt import quantizers
 from stillroom.data.embedded import digits
+from stillroom.data.load import load_images
 from stillroom.hub import load_classifier
 from stillroom.optim import Optimizer
 from stillroom.recipes.classification import quantized_distillation as qd
@@ -100,7 +101,7 @@ def test_end_to_end(arm, tmp_path):
     size = (student / "packed.safetensors").stat().st_size
     assert result["metrics"]["file_bytes"] == size
     assert not (student / "model.safetensors").exists()
-    data = qd.load_images("digits", seed=0, labelled=300, transfer=False, noise=0.3)
+    data = load_images("digits", seed=0, labelled=300, transfer=False, noise=0.3)
     net = load_classifier(f"run:{tmp_path}/run", data=data)
     assert size < sum(p.numel() * 4 for p in net.parameters()) / 2
     assert qd.accuracy(net, data) == pytest.approx(result["metrics"]["accuracy"], abs=2e-3)

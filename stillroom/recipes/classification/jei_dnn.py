@@ -48,11 +48,11 @@ from stillroom.adapt.early_exit import (
 )  # fmt: skip
 from stillroom.adapt.exits import Exits, Table, find_exits, table
 from stillroom.claims import Claim
-from stillroom.config import Count, Natural, Share
+from stillroom.config import Count, Share
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData, Split, balanced_rows
-from stillroom.data.load import load_images
+from stillroom.data.load import ImageConfig
 from stillroom.errors import UserError
 from stillroom.losses.divergences import cross_entropy
 from stillroom.metrics import present
@@ -64,17 +64,10 @@ from stillroom.teachers import trained
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """Laptop defaults: six residual blocks on the arms of a spiral."""
 
     data: str = "spiral"
-    """spiral, digits, shapes, a folder of image folders or parquet files, or hub:ID."""
-    limit: Natural = 0
-    """Use at most this many training and test images. 0: all."""
-    image_size: Natural = 0
-    """Scale and crop images to this many pixels a side. 0: as they are."""
-    skip_bad: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
     validation: Count = 2000
     """Training images kept aside for warm-up, gate weights, operating point and conformal thresholds."""
     augment: Augmentation = "none"
@@ -151,10 +144,7 @@ def main(cfg: Config, run: Run, *, data: ImageData | None = None, backbone: nn.M
     """Train the backbone if need be, then exits and gates at every trade-off; evaluate, choose, save. Keywords replace what is named."""
     if not cfg.tradeoffs:
         raise UserError("--tradeoffs needs at least one price.", code=2)
-    data = data or load_images(
-        cfg.data, seed=run.seed, limit=cfg.limit or None, image_size=cfg.image_size or None, skip_bad=cfg.skip_bad, cache=run.cached
-    )
-    data, validation = hold_out(data.to(run.device), cfg.validation, run.seed)
+    data, validation = hold_out(data.to(run.device) if data else cfg.load(run), cfg.validation, run.seed)
     backbone = run.frozen(backbone if backbone is not None else trained.classifier(
         run, "backbone", cfg.backbone, data, steps=cfg.backbone_steps, optimizer=cfg.backbone_optimizer, batch_size=cfg.batch_size,
         augment=cfg.augment,

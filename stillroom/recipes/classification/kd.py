@@ -24,7 +24,7 @@ from stillroom.config import Count, Natural, NonNegative, Positive
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData, Split, join
-from stillroom.data.load import load_images
+from stillroom.data.load import ImageConfig
 from stillroom.metrics import present
 from stillroom.optim import Optimizer
 from stillroom.run import Run
@@ -34,19 +34,11 @@ BASELINE = True
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """Laptop defaults: 8x8 digits of which 100 are labelled."""
 
-    data: str = "digits"
-    """digits, shapes, a folder of image folders or parquet files, or hub:ID."""
     labelled: Natural = 100
     """Training images that keep their labels; the others are the transfer set. 0: all."""
-    limit: Natural = 0
-    """Use at most this many training and test images. 0: all."""
-    image_size: Natural = 0
-    """Scale and crop images to this many pixels a side. 0: as they are."""
-    skip_bad: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
     augment: Augmentation = "none"
     """Augmentation of training images."""
     teacher: str = "small:convnet-w32"
@@ -97,11 +89,7 @@ def main(
     cfg: Config, run: Run, *, data: ImageData | None = None, teacher: nn.Module | None = None, student: nn.Module | None = None
 ) -> dict[str, float]:
     """Train the teacher if need be, distil, evaluate. `data`, `teacher` (trained) and `student` replace what the config names."""
-    data = data or load_images(
-        cfg.data, seed=run.seed, labelled=cfg.labelled or None, limit=cfg.limit or None, image_size=cfg.image_size or None,
-        skip_bad=cfg.skip_bad, cache=run.cached,
-    )  # fmt: skip
-    data = data.to(run.device)
+    data = data.to(run.device) if data else cfg.load(run, labelled=cfg.labelled)
     augment = augmenter(cfg.augment, data.size)
     images: Split = data.train
     target: signals.Signal | None = None

@@ -27,7 +27,7 @@ from stillroom.config import Count, Natural, Share
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData
-from stillroom.data.load import load_images
+from stillroom.data.load import ImageConfig
 from stillroom.losses.divergences import soft_cross_entropy
 from stillroom.metrics import present
 from stillroom.optim import Optimizer
@@ -35,21 +35,13 @@ from stillroom.run import Run
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """Laptop defaults: an MLP on 250 digits, a fifth of them with random labels."""
 
-    data: str = "digits"
-    """digits, shapes, a folder of image folders or parquet files, or hub:ID."""
     labelled: Natural = 250
     """Training images used. 0: all."""
     noise: Share = 0.2
     """Share of training labels that are replaced at random."""
-    limit: Natural = 0
-    """Use at most this many training and test images. 0: all."""
-    image_size: Natural = 0
-    """Scale and crop images to this many pixels a side. 0: as they are."""
-    skip_bad: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
     augment: Augmentation = "none"
     """Augmentation of training images; the paper's for CIFAR is crop-flip."""
     student: str = "small:mlp-256x256"
@@ -97,11 +89,8 @@ CLAIMS = [
 
 def main(cfg: Config, run: Run, *, data: ImageData | None = None, student: nn.Module | None = None) -> dict[str, float]:
     """Train and evaluate. `data` and `student` replace what the config names."""
-    data = data or load_images(
-        cfg.data, seed=run.seed, labelled=cfg.labelled or None, limit=cfg.limit or None, transfer=False, noise=cfg.noise,
-        image_size=cfg.image_size or None, skip_bad=cfg.skip_bad, cache=run.cached,
-    )  # fmt: skip
-    data, classes = data.to(run.device), len(data.classes)
+    data = data.to(run.device) if data else cfg.load(run, labelled=cfg.labelled, transfer=False, noise=cfg.noise)
+    classes = len(data.classes)
     augment, batches = augmenter(cfg.augment, data.size), Batches(data.train, cfg.batch_size, run.seed)
     student, optimizer = run.trainable("student", student or hub.load_classifier(cfg.student, data=data, fresh=True), cfg.optimizer)
     labels = one_hot(data.train.labels, classes).float()

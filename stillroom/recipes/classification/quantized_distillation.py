@@ -35,7 +35,7 @@ from stillroom.config import Count, Natural, Positive, Share
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData
-from stillroom.data.load import load_images
+from stillroom.data.load import ImageConfig
 from stillroom.losses.divergences import cross_entropy, kl
 from stillroom.metrics import present
 from stillroom.metrics.classification import evaluate
@@ -47,21 +47,13 @@ from stillroom.teachers import signals, trained
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """Laptop defaults: digits with noisy labels, a student of two bits."""
 
-    data: str = "digits"
-    """digits, shapes, a folder of image folders or parquet files, or hub:ID."""
     labelled: Natural = 1197
     """Training images. 0: all."""
     noise: Share = 0.3
     """Share of the training labels that is replaced at random."""
-    limit: Natural = 0
-    """Use at most this many training and test images. 0: all."""
-    image_size: Natural = 0
-    """Scale and crop images to this many pixels a side. 0: as they are."""
-    skip_bad: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
     augment: Augmentation = "none"
     """Augmentation of training images."""
     teacher: str = "small:convnet-w32"
@@ -145,11 +137,7 @@ def main(
     cfg: Config, run: Run, *, data: ImageData | None = None, teacher: nn.Module | None = None, student: nn.Module | None = None
 ) -> dict[str, float]:
     """Train the teacher if need be, distil, quantize, evaluate. `data`, `teacher` (trained) and `student` replace what the config names."""
-    data = data or load_images(
-        cfg.data, seed=run.seed, labelled=cfg.labelled or None, limit=cfg.limit or None, transfer=False, noise=cfg.noise,
-        image_size=cfg.image_size or None, skip_bad=cfg.skip_bad, cache=run.cached,
-    )  # fmt: skip
-    data = data.to(run.device)
+    data = data.to(run.device) if data else cfg.load(run, labelled=cfg.labelled, transfer=False, noise=cfg.noise)
     if cfg.kd_weight:
         teacher = run.frozen(teacher if teacher is not None else trained.classifier(
             run, "teacher", cfg.teacher, data, steps=cfg.teacher_steps, optimizer=cfg.teacher_optimizer, batch_size=cfg.batch_size,

@@ -28,7 +28,7 @@ from stillroom.config import Count, Natural, NonNegative, Positive
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData
-from stillroom.data.load import load_images
+from stillroom.data.load import ImageConfig
 from stillroom.errors import UserError
 from stillroom.losses.divergences import cross_entropy, kl
 from stillroom.metrics import present
@@ -44,19 +44,11 @@ COLOURS = {"color6": ("012", "021", "102", "120", "201", "210"), "color3": ("012
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """Laptop defaults: a small conv net on 150 digits."""
 
-    data: str = "digits"
-    """digits, shapes, a folder of image folders or parquet files, or hub:ID."""
     labelled: Natural = 150
     """Training images used. 0: all."""
-    limit: Natural = 0
-    """Use at most this many training and test images. 0: all."""
-    image_size: Natural = 0
-    """Scale and crop images to this many pixels a side. 0: as they are."""
-    skip_bad: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
     augment: Augmentation = "shift"
     """Augmentation before the transformations; the paper's for CIFAR is crop-flip."""
     student: str = "small:convnet-w16"
@@ -113,11 +105,8 @@ CLAIMS = [
 
 def main(cfg: Config, run: Run, *, data: ImageData | None = None, student: nn.Module | None = None) -> dict[str, float]:
     """Train and evaluate. `data` and `student` (with `heads(cfg, N)[0]` outputs) replace what the config names."""
-    data = data or load_images(
-        cfg.data, seed=run.seed, labelled=cfg.labelled or None, limit=cfg.limit or None, transfer=False,
-        image_size=cfg.image_size or None, skip_bad=cfg.skip_bad, cache=run.cached,
-    )  # fmt: skip
-    data, classes = data.to(run.device), len(data.classes)
+    data = data.to(run.device) if data else cfg.load(run, labelled=cfg.labelled, transfer=False)
+    classes = len(data.classes)
     views, m = transforms(cfg.transform, data.channels) if cfg.mode != "plain" else (lambda x: x, 1)
     outputs, joint, single, other = heads(cfg.mode, classes, m)
     student = student or hub.load_classifier(cfg.student, data=dataclasses.replace(data, classes=("",) * outputs), fresh=True)

@@ -38,8 +38,8 @@ from stillroom.claims import Claim
 from stillroom.config import Count, Natural, NonNegative, Positive
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
-from stillroom.data.images import ImageData, MemorySplit, Split, balanced_rows
-from stillroom.data.load import load_images
+from stillroom.data.images import ImageData, MemorySplit, Split, balanced_rows, of_classes
+from stillroom.data.load import ImageConfig
 from stillroom.errors import UserError
 from stillroom.losses.divergences import cross_entropy
 from stillroom.metrics.classification import ClassificationMetrics, evaluate
@@ -50,7 +50,7 @@ from stillroom.run import Run
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """Laptop defaults: 20 images distilled from the digits 0 to 5; the target task is 6 to 9 with one label each."""
 
     data: str = "digits"
@@ -61,12 +61,6 @@ class Config:
     """A labelled set of its own as target task; the source then has all classes of `data`."""
     shots: Natural = 1
     """Labelled images per class of the target task. 0: all its training images."""
-    limit: Natural = 0
-    """Use at most this many training and test images of each set. 0: all."""
-    image_size: Natural = 0
-    """Scale and crop images to this many pixels a side. 0: as they are."""
-    skip_bad: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
     augment: Augmentation = "none"
     """Augmentation of the outer steps' real images, which the teacher and the network see alike."""
     teacher: str = "small:convnet-avg-32x64x32"
@@ -198,10 +192,8 @@ def main(
 # -- data and teacher --------------------------------------------------------------------------------------------------------------
 def splits(cfg: Config, run: Run, data: ImageData | None, target: ImageData | None) -> tuple[ImageData, ImageData]:
     """The source without training labels, and the target task with its classes counted from 0. UserError when they do not fit."""
-    settings: Any = {"limit": cfg.limit or None, "image_size": cfg.image_size or None, "skip_bad": cfg.skip_bad}
-    load = lambda spec: load_images(spec, seed=run.seed, cache=run.cached, **settings)
-    data = (data or load(cfg.data)).to(run.device)
-    target = target or (load(cfg.target) if cfg.target else None)
+    data = data.to(run.device) if data else cfg.load(run)
+    target = target or (cfg.load(run, cfg.target) if cfg.target else None)
     first = len(data.classes) - (0 if target else cfg.held_out)
     if first < 1:
         raise UserError(f"--held-out {cfg.held_out} leaves no source class: {data.name} has {len(data.classes)} classes.", code=2)
@@ -221,12 +213,6 @@ def splits(cfg: Config, run: Run, data: ImageData | None, target: ImageData | No
     if cfg.shots:
         few = few.subset(balanced_rows(few.labels, cfg.shots * len(classes), torch.Generator().manual_seed(run.seed)).to(few.device))
     return source, ImageData.of("target", few, test, classes)
-
-
-def of_classes(split: Split, low: int, high: int) -> Split:
-    """The rows of classes low..high-1, counted from 0."""
-    rows = ((split.labels >= low) & (split.labels < high)).nonzero().squeeze(1)
-    return split.subset(rows, split.labels[rows] - low)
 
 
 class Teacher(nn.Module):

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.claims import Claim
-from stillroom.config import Count, Natural, NonNegative, Share
+from stillroom.config import Count, Natural, Share
 from stillroom.diffusion import sampling, settings
 from stillroom.diffusion.denoiser import take
 from stillroom.diffusion.objectives import pseudo_huber, squared
 from stillroom.diffusion.sampling import ddim, heun, pairs, sample
-from stillroom.diffusion.settings import Setting
+from stillroom.diffusion.settings import Setting, TeacherConfig
 from stillroom.optim import Optimizer
 from stillroom.run import Run
 
@@ -31,15 +31,9 @@ BASELINE = True
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TeacherConfig):
     """Laptop defaults; `full()` holds LCM's."""
 
-    teacher: str = "ring"
-    """ring, grid, classes, digits, or diffusers:FOLDER-OR-ID."""
-    prompts: str = ""
-    """Text file with one prompt per line (diffusers only)."""
-    size: Natural = 0
-    """Image size in pixels (diffusers only); 0 is the pipeline's own."""
     steps: Count = 2
     """Sampling steps of the student."""
     levels: Count = 40
@@ -48,8 +42,6 @@ class Config:
     """Where x_s comes from: a step of the teacher, or the same data and noise (consistency training)."""
     solver: Literal["ddim", "heun"] = "ddim"
     distance: Literal["l2", "huber"] = "huber"
-    guidance: NonNegative = 1.0
-    """Classifier-free guidance of the teacher (1: none); the input of a network with guidance embedding (FLUX.1-dev)."""
     updates: Natural = 1000
     batch: Count = 256
     ema: Share = 0.95
@@ -62,8 +54,6 @@ class Config:
     lora_alpha: Count = 8
     evaluate: Count = 2000
     """Samples for the metrics."""
-    fid: str = ""
-    """Folder of real images, or "teacher": FID of the samples against them (diffusers only; pip install 'stillroom[fid]')."""
 
 
 def full() -> Config:
@@ -123,7 +113,7 @@ def consistency_loss(
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
     """setting: your own teacher in place of `cfg.teacher`."""
-    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size, cfg.guidance, cfg.fid)
+    setting = setting or cfg.setting()
     start = setting.student(run)
     process, grid = start.process, start.process.grid(cfg.steps)
     teacher = run.frozen(setting.guided(cfg.guidance))

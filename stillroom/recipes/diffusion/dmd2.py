@@ -25,11 +25,10 @@ from torch import Tensor
 
 from stillroom.claims import Claim
 from stillroom.config import Count, Natural, NonNegative, Share
-from stillroom.diffusion import settings
 from stillroom.diffusion.denoiser import tapped
 from stillroom.diffusion.objectives import squared
 from stillroom.diffusion.sampling import consistency, rollout, sample
-from stillroom.diffusion.settings import Setting
+from stillroom.diffusion.settings import Setting, TeacherConfig
 from stillroom.errors import UserError
 from stillroom.losses.adversarial import Head, softplus_discriminator, softplus_generator
 from stillroom.losses.scores import dmd_weight, vsd
@@ -40,15 +39,9 @@ BASELINE = True
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TeacherConfig):
     """Laptop defaults; `full()` holds the paper's."""
 
-    teacher: str = "ring"
-    """ring, grid, classes, digits, or diffusers:FOLDER-OR-ID."""
-    prompts: str = ""
-    """Text file with one prompt per line (diffusers only)."""
-    size: Natural = 0
-    """Image size in pixels (diffusers only); 0 is the pipeline's own."""
     steps: Count = 1
     """Sampling steps of the student."""
     first: Share = 1.0
@@ -58,8 +51,6 @@ class Config:
     fake_updates: Count = 5
     """Iterations, each one fake-score update, per generator update."""
     batch: Count = 256
-    guidance: NonNegative = 1.0
-    """Classifier-free guidance of the teacher (1: none); the input of a network with guidance embedding (FLUX.1-dev)."""
     low: Share = 0.02
     """Least noise that scores are compared at, as a share of the way from data to noise."""
     high: Share = 0.98
@@ -73,8 +64,6 @@ class Config:
     lora_alpha: Count = 8
     evaluate: Count = 2000
     """Samples for the metrics."""
-    fid: str = ""
-    """Folder of real images, or "teacher": FID of the samples against them (diffusers only; pip install 'stillroom[fid]')."""
 
 
 def full() -> Config:
@@ -125,7 +114,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     """setting: your own teacher in place of `cfg.teacher`. UserError when --low is not below --high."""
     if cfg.low >= cfg.high:
         raise UserError(f"--low {cfg.low:g} must be below --high {cfg.high:g}.", code=2)
-    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size, cfg.guidance, cfg.fid)
+    setting = setting or cfg.setting()
     start = setting.student(run)
     process = start.process
     grid = process.grid(cfg.steps) if cfg.steps > 1 else [float(process.place(cfg.first)), process.clean]

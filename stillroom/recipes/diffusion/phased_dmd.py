@@ -28,14 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.claims import Claim
-from stillroom.config import Count, Natural, NonNegative, Positive, Share
-from stillroom.diffusion import settings
+from stillroom.config import Count, Natural, Positive, Share
 from stillroom.diffusion.denoiser import Denoiser, Prediction, Routed
 from stillroom.diffusion.exact import Mixture
 from stillroom.diffusion.objectives import per_sample
 from stillroom.diffusion.processes import VP, Flow, Process, along, as_time
 from stillroom.diffusion.sampling import rollout, sample
-from stillroom.diffusion.settings import Setting
+from stillroom.diffusion.settings import Setting, TeacherConfig
 from stillroom.errors import UserError
 from stillroom.losses.scores import dmd_weight, vsd
 from stillroom.metrics.generation import diversity, mmd
@@ -47,15 +46,11 @@ Target = Literal["unbiased", "naive"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TeacherConfig):
     """Laptop defaults; `full()` holds the paper's."""
 
     teacher: str = "ring"
     """ring, grid, digits (exact, nothing to train), or diffusers:FOLDER-OR-ID."""
-    prompts: str = ""
-    """Text file with one prompt per line (diffusers only)."""
-    size: Natural = 0
-    """Image size in pixels (diffusers only); 0 is the pipeline's own."""
     steps: Count = 2
     """Sampling steps of the student."""
     phases: Count = 2
@@ -71,8 +66,6 @@ class Config:
     fake_updates: Count = 3
     """Fake-score updates before each generator update."""
     batch: Count = 256
-    guidance: NonNegative = 1.0
-    """Classifier-free guidance of the teacher (1: none); the input of a network with guidance embedding (FLUX.1-dev)."""
     margin: Share = 0.02
     """Least distance of t from the phase's end and from pure noise."""
     clamp: Positive = 10.0
@@ -86,8 +79,6 @@ class Config:
     """Training steps of the 1-D check of the subinterval target; 0 skips it."""
     evaluate: Count = 2000
     """Samples for the metrics."""
-    fid: str = ""
-    """Folder of real images, or "teacher": FID of the samples against them (diffusers only; pip install 'stillroom[fid]')."""
 
 
 def full() -> Config:
@@ -225,7 +216,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     if cfg.phases > cfg.steps:
         raise UserError(f"--phases {cfg.phases} needs at least as many --steps, not {cfg.steps}.", code=2)
     metrics = toy(run, cfg.fake_target, cfg.toy_steps) if cfg.toy_steps else {}
-    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size, cfg.guidance, cfg.fid)
+    setting = setting or cfg.setting()
     run.frozen(setting.teacher)
     process = setting.process
     grid = process.grid(cfg.steps, cfg.shift)

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.claims import Claim
-from stillroom.config import Count, Natural, NonNegative, Share
+from stillroom.config import Count, Share
 from stillroom.diffusion import settings
 from stillroom.diffusion.denoiser import Denoiser, Prediction, take
 from stillroom.diffusion.objectives import squared
 from stillroom.diffusion.processes import ReversedFlow, along
 from stillroom.diffusion.sampling import Point, pairs, path
-from stillroom.diffusion.settings import Setting
+from stillroom.diffusion.settings import Setting, TeacherConfig
 from stillroom.metrics.generation import straightness
 from stillroom.optim import Optimizer
 from stillroom.run import Run
@@ -42,17 +42,11 @@ EPS = 1e-3
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TeacherConfig):
     """Laptop defaults; `full()` holds the paper's."""
 
     teacher: str = "digits"
     """ring, grid, digits (exact, nothing to train), or diffusers:FOLDER-OR-ID."""
-    prompts: str = ""
-    """Text file with one prompt per line (diffusers only)."""
-    size: Natural = 0
-    """Image size in pixels (diffusers only); 0 is the pipeline's own."""
-    guidance: NonNegative = 1.0
-    """Classifier-free guidance of the teacher (1: none); the input of a network with guidance embedding (FLUX.1-dev)."""
     shrink: Count = 2
     """How many times fewer channels the small network has."""
     pairs: Count = 2000
@@ -77,8 +71,6 @@ class Config:
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(kind="adam", lr=1e-3, schedule="cosine", clip=1.0))
     evaluate: Count = 1000
     """Samples for the metrics."""
-    fid: str = ""
-    """Folder of real images, or "teacher": FID of the samples against them (diffusers only; pip install 'stillroom[fid]')."""
 
 
 def full() -> Config:
@@ -237,7 +229,7 @@ def many_steps(flow: nn.Module, z: Tensor, cond: Any, steps: int = 20) -> tuple[
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
     """setting: your own teacher in place of `cfg.teacher`."""
-    setting = setting or settings.load(cfg.teacher, cfg.prompts, cfg.size, cfg.guidance, cfg.fid)
+    setting = setting or cfg.setting()
     teacher = run.frozen(setting.guided(cfg.guidance))
     times = setting.process.grid(cfg.pair_steps)
     cond = settings.placed(setting.condition(cfg.pairs), run.device)

@@ -34,8 +34,8 @@ from stillroom.claims import Claim
 from stillroom.config import Count, Natural, NonNegative, Share
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
-from stillroom.data.images import ImageData, Split, balanced_rows
-from stillroom.data.load import load_images
+from stillroom.data.images import ImageData, Split, balanced_rows, of_classes
+from stillroom.data.load import ImageConfig
 from stillroom.data.text import TextData, load_texts
 from stillroom.errors import UserError
 from stillroom.losses.divergences import cross_entropy
@@ -48,7 +48,7 @@ POINTS = 10
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """Laptop defaults: digits 0 to 4 make the checkpoint, 25 images of 5 to 9 are the target: so few that reconstruction overfits."""
 
     data: str = "digits"
@@ -63,12 +63,6 @@ class Config:
     checkpoint_optimizer: Optimizer = Optimizer("adamw", 1e-3, beta2=0.95, weight_decay=0.01, decay="matrices", schedule="linear")
     labelled: Natural = 25
     """Target training inputs, used without and then with their labels. 0: all."""
-    limit: Natural = 0
-    """Use at most this many training and test inputs. 0: all."""
-    image_size: Natural = 0
-    """Scale and crop images to this many pixels a side. 0: as they are."""
-    skip_bad: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
     text_length: Count = 256
     """Tokens that a text is cut to."""
     mask_ratio: Annotated[float, Interval(gt=0.0, lt=1.0)] = 0.75
@@ -153,40 +147,33 @@ def main(cfg: Config, run: Run, *, data: ImageData | TextData | None = None, mod
 # -- target and checkpoint ---------------------------------------------------------------------------------------------------------
 def find_checkpoint(cfg: Config, run: Run, data: ImageData | TextData | None, model: Any) -> tuple[Any, Any]:
     """(theta_init, phi_init), and the target task. UserError when they do not fit."""
-    settings: Any = {"seed": run.seed, "limit": cfg.limit or None}
     if cfg.kind == "texts":
         model = model if model is not None else load_masked_text(cfg.model, ratio=cfg.mask_ratio)
-        labelled = cfg.labelled or None
-        return model, (data or load_texts(cfg.data, model.tokenizer, length=cfg.text_length, labelled=labelled, **settings)).to(run.device)
-    settings |= {"image_size": cfg.image_size or None, "skip_bad": cfg.skip_bad, "cache": run.cached}
-    data = (data or load_images(cfg.data, **settings)).to(run.device)  # type: ignore[assignment]
+        read: Any = {"seed": run.seed, "limit": cfg.limit or None, "length": cfg.text_length, "labelled": cfg.labelled or None}
+        return model, (data or load_texts(cfg.data, model.tokenizer, **read)).to(run.device)
+    data = data.to(run.device) if data else cfg.load(run)
     assert isinstance(data, ImageData)
     if model is not None or not cfg.model.startswith("small:"):
-        target = classes_of(cfg, run, data, 0, len(data.classes))
+        target = task_of(cfg, run, data, 0, len(data.classes))
         return model if model is not None else load_masked_images(cfg.model, data=data, ratio=cfg.mask_ratio), target
     if cfg.source_classes >= len(data.classes):
         raise UserError(f"--source-classes {cfg.source_classes} leaves no target: {data.name} has {len(data.classes)} classes.", code=2)
-    source, target = (classes_of(cfg, run, data, *ends) for ends in ((0, cfg.source_classes), (cfg.source_classes, len(data.classes))))
+    source, target = (task_of(cfg, run, data, *ends) for ends in ((0, cfg.source_classes), (cfg.source_classes, len(data.classes))))
     given = (cfg.checkpoint_steps, cfg.checkpoint_batch, cfg.checkpoint_optimizer, 1.0, 0.0)
     with run.stage("checkpoint", shared=(pretrain, given, cfg.model, cfg.mask_ratio, source.train, source.test)) as stage:
         fresh = load_masked_images(cfg.model, data=source, ratio=cfg.mask_ratio)
         return stage.unwrap(pretrain(stage, given, fresh, None, source.train, source.test)[0]), target
 
 
-def classes_of(cfg: Config, run: Run, data: ImageData, low: int, high: int) -> ImageData:
-    """The task of classes low..high-1, counted from 0; as target, with `labelled` training images, which the source (low = 0 of a
+def task_of(cfg: Config, run: Run, data: ImageData, low: int, high: int) -> ImageData:
+    """The task of classes low..high-1; as target, with `labelled` training images, which the source (low = 0 of a
     small: model) does not need."""
-    splits = []
-    for split in (data.train, data.test):
-        rows = ((split.labels >= low) & (split.labels < high)).nonzero().squeeze(1)
-        splits.append(split.subset(rows, split.labels[rows] - low))
-    train = splits[0]
+    train, test = (of_classes(split, low, high) for split in (data.train, data.test))
     if cfg.labelled and high == len(data.classes):
         if cfg.labelled > len(train):
             raise UserError(f"--labelled {cfg.labelled} is more than the {len(train)} training images of the target.", code=2)
         train = train.subset(balanced_rows(train.labels, cfg.labelled, torch.Generator().manual_seed(run.seed)).to(train.device))
-    task = ImageData.of(data.name, train, splits[1], data.classes[low:high])
-    return task
+    return ImageData.of(data.name, train, test, data.classes[low:high])
 
 
 # -- pre-training ------------------------------------------------------------------------------------------------------------------
