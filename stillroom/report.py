@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import math
 import shlex
@@ -183,8 +184,19 @@ def _lines(axes: Any, name: str, series: list[tuple[str, list, list]], colour: d
     axes.legend(fontsize=9)
 
 
-def _pictures(folder: Path, label: str) -> list[dict[str, str]]:
-    """Everything in samples/: SVG and HTML fragments as they are, PNG inlined."""
+def _pictures(parts: list[tuple[str, Path]]) -> list[dict[str, str]]:
+    """Everything in the parts' samples/, wide fragments first, then by name; what all parts that have it show alike is shown once."""
+    every = sorted((p for label, folder in parts for p in _samples(folder, label)), key=lambda p: (p["kind"] != ".html", p["name"]))
+    kept = []
+    for _, group in itertools.groupby(every, key=lambda p: (p["kind"], p["name"])):
+        alike = list(group)
+        same = len(alike) > 1 and len({p["markup"] for p in alike}) == 1
+        kept += [{**alike[0], "label": ""}] if same else alike
+    return kept
+
+
+def _samples(folder: Path, label: str) -> list[dict[str, str]]:
+    """SVG and HTML fragments as they are, PNG inlined."""
     found = []
     for file in sorted((folder / "samples").glob("*")):
         entry = {"name": file.stem.replace("_", " ").replace("-", " "), "label": label, "kind": file.suffix}
@@ -239,7 +251,7 @@ def page(doc: str, rows: list[dict[str, Any]], parts: list[tuple[str, Path]], re
         rows=[(row["name"], [shown(c, row[c]) if c in row else "" for c in columns]) for row in rows],
         gains=_gains(rows) if len(results) == 1 else [],
         curves=_curves(parts),
-        pictures=sorted((p for label, folder in parts for p in _pictures(folder, label)), key=lambda p: (p["kind"] != ".html", p["name"])),
+        pictures=_pictures(parts),
         names=[f.name for _, f in parts] if len(results) > 1 else ["value"],
         config=[(k, [r["config"].get(k, "") for r in results], any(k in changed(r) for r in results)) for k in keys],
         results=results,
@@ -254,14 +266,15 @@ def paragraphs(text: str) -> list[tuple[str, str]]:
 
 
 def _gains(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """(metric, student's value, comparison) for the cards on top: quality against the student without the method, size against the
-    teacher."""
+    """(metric, student's value, comparison) for the cards on top: quality against the student without the method (what differs first),
+    size against the teacher."""
     if len(rows) < 2:
         return []
     student, other = rows[-1], rows[-2]
     cards = []
     quality = [m for m in student if m not in ("name", "parameters", "bytes", "latency_ms", "throughput")]
-    for metric in [m for m in quality if None not in (student[m], other.get(m))][:4]:
+    known = [m for m in quality if None not in (student[m], other.get(m))]
+    for metric in sorted(known, key=lambda m: student[m] == other[m])[:4]:
         label, unit, scale, _ = SHOWN.get(metric, (metric, "", 1.0, -1))
         unit = "points" if unit == "%" else unit
         difference = f"{(student[metric] - other[metric]) * scale:+.3g} {unit}".strip()

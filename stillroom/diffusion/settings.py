@@ -140,7 +140,7 @@ def points(name: str, teacher: Mixture, classes: int = 0) -> Setting:
             for label, x in sets.items():
                 axes.scatter(*x[:600].detach().cpu().T, s=3, alpha=0.5, label=label)
             axes.set_aspect("equal")
-            axes.legend(markerscale=3, loc="upper right")
+            axes.legend(markerscale=3, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the points, which may lie anywhere
 
         run.figure(name, draw)
 
@@ -200,7 +200,7 @@ def digits(name: str, teacher: Mixture) -> Setting:
 
     def show(run: Run, name: str, sets: Mapping[str, Tensor]) -> None:
         for label, x in sets.items():
-            run.image(f"{name} {label}", (x[:32] + 1) / 2, columns=16)
+            run.image(f"{name} {label}", (x[:32] + 1) / 2)
 
     def student(run: Run) -> Denoiser:
         return pretrained(run, name, small, teacher, batch=64)

@@ -143,6 +143,28 @@ def test_curves_and_pictures_are_inside(runs: Path) -> None:
     assert "currentColor" in page.source
 
 
+def test_what_both_parts_show_alike_is_shown_once(tmp_path: Path) -> None:
+    for part, mine in (("a", "<svg>1</svg>"), ("b", "<svg>2</svg>")):
+        samples = tmp_path / part / "samples"
+        samples.mkdir(parents=True)
+        (samples / "teacher.svg").write_text("<svg>teacher</svg>")
+        (samples / "student.svg").write_text(mine)
+        (samples / f"only-{part}.html").write_text(f"<p>{part}</p>")
+    found = report._pictures([("a", tmp_path / "a"), ("b", tmp_path / "b")])
+    assert [(p["name"], p["label"]) for p in found] == [
+        ("only a", "a"),
+        ("only b", "b"),
+        ("student", "a"),
+        ("student", "b"),
+        ("teacher", ""),
+    ]
+
+
+def test_cards_name_first_what_differs() -> None:
+    cards = report._gains([{"name": "student: plain", "same": 1.0, "mmd": 3.0}, {"name": "student: method", "same": 1.0, "mmd": 2.0}])
+    assert [(metric, difference) for metric, _, difference in cards] == [("mmd", "-1 against plain"), ("same", "+0 against plain")]
+
+
 def test_config_values_that_differ_are_marked_and_only_those(runs: Path) -> None:
     assert set(Page(runs / "r" / "report.html").marked()) == {"steps", "teacher_steps"}
     marked = Page(runs / "changed" / "report.html").marked()
