@@ -386,6 +386,9 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stillroom: stopped; what was finished is kept, so give the same command to continue.", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # who reads has seen enough: `| head` gets no message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if (error.filename is None and error.errno is None) or os.environ.get("STILLROOM_TRACEBACK"):
             raise

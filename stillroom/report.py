@@ -32,6 +32,7 @@ SHOWN: dict[str, tuple[str, str, float, int]] = {
     "bytes": ("file", "kB", 1e-3, 1),
     "latency_ms": ("latency", "ms", 1, 3),
     "throughput": ("throughput", "/s", 1, 0),
+    "tokens_per_second": ("tokens per second", "", 1, 0),
 }
 
 

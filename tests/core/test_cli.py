@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -36,6 +38,16 @@ def test_python_m_stillroom_and_exit_codes_of_a_real_process() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("stillroom: there is no recipe called 'kdd'. Did you mean kd")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["list"], ["show", "kd"], ["run", "kd", "--help"]])
+def test_a_reader_that_stops_reading_gets_no_message(words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        command = [sys.executable, "-m", "stillroom", *words]
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
