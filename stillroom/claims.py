@@ -148,25 +148,29 @@ def _arm_seed(name: str, arm: str, config: Any, seed: int, folder: Path, cache: 
         return catalogue.execute(name, config, run, arm=arm)
 
 
+FRESH = "fresh-seeds"
+
+
 def ledger_folder() -> Path:
     """Where ledgers are written: this checkout's `ledger/`, or `./ledger` when Stillroom is an installed package."""
     checkout = Path(__file__).parents[1] / "ledger"
     return checkout if (checkout.parent / "pyproject.toml").exists() else Path("ledger")
 
 
-def read_ledger(folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Ledger entries by recipe: those that came with the package, and those in `folder` over them."""
+def read_ledger(folder: Path | None = None, *, fresh: bool = False) -> dict[str, dict[str, Any]]:
+    """Ledger entries by recipe: those that came with the package, and those in `folder` over them; or those from fresh seeds."""
     entries = {}
     for place in (Path(__file__).parent / "ledger", folder or ledger_folder()):
-        for file in sorted(place.glob("*.json")):
+        for file in sorted((place / FRESH if fresh else place).glob("*.json")):
             entries[file.stem] = json.loads(file.read_text())
     return entries
 
 
 def write_ledger(entry: dict[str, Any], folder: Path | None = None) -> Path:
+    """NAME.json, or FRESH/NAME.json when the seeds did not start at 0: what the ledger says is only replaced on its own seeds."""
     from stillroom.store import write_atomic
 
-    folder = folder or ledger_folder()
+    folder = (folder or ledger_folder()) / (FRESH if entry["first_seed"] else "")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{entry['recipe']}.json"
     write_atomic(file, json.dumps(entry, indent=1, default=float) + "\n")
@@ -184,21 +188,25 @@ def interval(claim: Mapping[str, Any]) -> str:
     return f"{number(claim['difference'])} [{low}, {high}]"
 
 
-def as_markdown(entries: dict[str, dict[str, Any]]) -> str:
-    """docs/ledger.md: per recipe its claims, paper beside ours, and the means of every arm."""
+def as_markdown(entries: dict[str, dict[str, Any]], fresh: dict[str, dict[str, Any]] | None = None) -> str:
+    """docs/ledger.md: per recipe its claims, paper beside ours, and the means of every arm; beside each claim its verdict on fresh seeds
+    where there is one."""
     lines = [
         "# The ledger",
         "",
         "Written by `stillroom ledger` from `ledger/*.json`, which `stillroom verify` writes. *Difference* is the mean paired difference "
-        "in the claimed direction with its 95 % interval; a claim *holds* when the whole interval lies beyond the margin.",
+        "in the claimed direction with its 95 % interval; a claim *holds* when the whole interval lies beyond the margin. *Fresh seeds*: "
+        "the same on others, by which nothing was chosen (`stillroom verify NAME --first-seed 5`).",
     ]
     for name, entry in entries.items():
         lines += ["", f"## {name}", "", f"{entry['seeds']} seeds, {entry['processor']}, torch {entry['versions']['torch']}.", ""]
-        lines += ["| claim | metric | arm | versus | difference | margin | verdict | paper |", "|---|---|---|---|---|---|---|---|"]
+        again = {c["text"]: c for c in (fresh or {}).get(name, {}).get("claims", [])}
+        lines += ["| claim | metric | arm | versus | difference | margin | verdict | fresh seeds | paper |", "|---" * 9 + "|"]
         for c in entry["claims"]:
             versus = c["versus"] if isinstance(c["versus"], str) else number(c["versus"])
             cells = [c["text"], f"{c['metric']} ({c['better']})", c["arm"], versus, interval(c), number(c["margin"]), f"**{c['verdict']}**"]
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in [*cells, c["paper"]]) + " |")
+            cells += [f"{other['verdict']}, {interval(other)}" if (other := again.get(c["text"])) else "", c["paper"]]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         names = list(dict.fromkeys(k for arm in entry["arms"].values() for m in arm["metrics"].values() for k in m))
         lines += ["", "| arm | " + " | ".join(names) + " | seconds |", "|---|" + "---|" * (len(names) + 1)]
         for arm, record in entry["arms"].items():

@@ -250,8 +250,8 @@ def verify(
         seeds: paired seeds.
         jobs: arm-seeds at once, each on one thread.
         backend: joblib's: processes here, or the ray or dask cluster that this process is connected to.
-        first_seed: the first of them. From another one than 0 the ledger stays as it is, and the entry goes beside the runs: a check, on
-            draws that no setting was chosen by, of what the ledger says.
+        first_seed: the first of them. From another one than 0 the entry goes beside the ledger's, which stays as it is: a check of it on
+            draws that no setting was chosen by.
         out: where the runs are kept; what finished there is not run again.
         ledger: folder of the ledger; default: this checkout's, else ./ledger.
         cache: the store; default: $STILLROOM_CACHE, else the platform's cache folder.
@@ -275,8 +275,7 @@ def verify(
                 bar.set_postfix_str(line)
 
             entry = claims.verify(each, seeds, jobs, folder=out, cache=cache, backend=backend, progress=progress, first_seed=first_seed)
-        beside = out / each / f"seeds-from-{first_seed}" if first_seed and ledger is None else ledger
-        file = claims.write_ledger(entry, beside)
+        file = claims.write_ledger(entry, ledger)
         table = Table(
             "claim",
             "metric",
@@ -306,7 +305,7 @@ def ledger(folder: Path | None = None, out: Path = Path("docs/ledger.md")) -> No
     from stillroom.store import write_atomic
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, claims.as_markdown(claims.read_ledger(folder)))
+    write_atomic(out, claims.as_markdown(claims.read_ledger(folder), claims.read_ledger(folder, fresh=True)))
     print(out)
 
 

@@ -236,12 +236,15 @@ def test_the_commands_write_the_ledger_and_its_page(hello: Path, capsys) -> None
     assert "## hello" in (hello / "docs" / "ledger.md").read_text()
 
 
-def test_fresh_seeds_are_other_draws_and_leave_the_ledger_alone(hello: Path) -> None:
-    words = ["verify", "hello", "--seeds", "2", "--jobs", "1"]
-    assert main([*words, "--ledger", "ledger"]) == 0
+def test_fresh_seeds_are_other_draws_and_stand_beside_the_ledger(hello: Path, capsys) -> None:
+    words = ["verify", "hello", "--seeds", "2", "--jobs", "1", "--ledger", "ledger"]
+    assert main(words) == 0
     before = (hello / "ledger" / "hello.json").read_text()
     assert main([*words, "--first-seed", "2"]) == 0
-    fresh = json.loads((hello / "runs" / "verify" / "hello" / "seeds-from-2" / "hello.json").read_text())
+    fresh = read_ledger(hello / "ledger", fresh=True)["hello"]
     assert fresh["first_seed"] == 2
     assert {seed for arm in fresh["arms"].values() for seed in arm["metrics"]} == {"2", "3"}
     assert (hello / "ledger" / "hello.json").read_text() == before
+    assert main(["ledger", "--folder", "ledger", "--out", "page.md"]) == 0
+    claim = next(line for line in (hello / "page.md").read_text().splitlines() if "better is more" in line)
+    assert "| **holds** | holds, 1 [1, 1] |" in claim
