@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import Positional
 
 from stillroom import catalogue, claims
-from stillroom.config import Count, Natural, NonNegative
+from stillroom.config import Count, Natural, NonNegative, Seed
 from stillroom.errors import UserError
 
 app = tyro.extras.SubcommandApp()
@@ -28,7 +28,7 @@ class RunOptions:
 
     out: Path | None = None
     """Run folder; continued if it holds the same run. Default: runs/NAME, with a suffix when flags differ from the defaults."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every random draw."""
     arm: str | None = None
     """Which of the recipe's arms to run; default: its method."""
@@ -263,9 +263,9 @@ def verify(
 
     if (name is None) == (not all):
         raise UserError("give the name of a recipe, or --all.", code=2)
-    for flag, value in (("seeds", seeds), ("jobs", jobs)):
-        if value < 1:
-            raise UserError(f"--{flag} {value} is out of range: it must be at least 1.", code=2)
+    for flag, value, least in (("seeds", seeds, 1), ("jobs", jobs, 1), ("first-seed", first_seed, 0)):
+        if value < least:
+            raise UserError(f"--{flag} {value} is out of range: it must be at least {least}.", code=2)
     for each in catalogue.cards() if name is None else [name]:
         arms = len(catalogue.load(each).ARMS)
         with tqdm(total=arms * seeds, desc=each, leave=False, disable=None) as bar:

@@ -19,6 +19,7 @@ Positive = Annotated[float, Gt(0.0)]
 NonNegative = Annotated[float, Ge(0.0)]
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
+Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 
 C = TypeVar("C")
 

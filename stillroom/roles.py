@@ -101,10 +101,9 @@ def backward(run: Run, roles: list[Role], loss: torch.Tensor, weight: Any) -> No
 
 def _reaches(loss: torch.Tensor, parameters: list[nn.Parameter]) -> bool:
     """Whether a backward pass from `loss` would give gradients to any of the parameters."""
-    wanted, seen, ahead = {id(p) for p in parameters}, set(), [loss.grad_fn]
+    wanted, seen, ahead = {id(p) for p in parameters}, set(), [loss.grad_fn]  # type: set[int], set[Any], list[Any]
     while ahead:
-        node: Any = ahead.pop()
-        if node is None or node in seen:
+        if (node := ahead.pop()) is None or node in seen:
             continue
         if id(getattr(node, "variable", None)) in wanted:
             return True

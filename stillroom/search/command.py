@@ -13,7 +13,7 @@ import tyro
 
 from stillroom import catalogue, report
 from stillroom import config as configs
-from stillroom.config import Count, Natural, Positive
+from stillroom.config import Count, Natural, Positive, Seed
 from stillroom.errors import UserError
 from stillroom.search.archive import Archive
 from stillroom.search.configs import Mutate, Propose, Seeds, flags_of, middle, server
@@ -49,7 +49,7 @@ class Options:
     """What changes configs: `mutate`, or a language model as openai:URL#MODEL (its key in $OPENAI_API_KEY)."""
     fresh: Natural = 0
     """Seeds that the search never saw, on which start and result are compared at the end; default: as many as tasks."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the search's own draws."""
     workers: Count = 2
     """Runs at the same time, each on one thread."""
