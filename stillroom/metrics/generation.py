@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,10 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of Gaussian fits to features [N, F] and [M, F]."""
+    """Frechet distance |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of Gaussian fits to features [N, F] and [M, F]; NaN for
+    sets of one, which have no covariance."""
+    if min(len(a), len(b)) < 2:
+        return math.nan
     a, b = a.flatten(1).double(), b.flatten(1).double()
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(a.shape[1], -1)
     values, vectors = torch.linalg.eigh(cov_a)
@@ -41,9 +46,12 @@ def frechet(a: Tensor, b: Tensor) -> float:
 def coverage(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
     """precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) on features [N, F], [M, F].
 
-    A point's ball reaches its k-th nearest neighbour within its own set.
+    A point's ball reaches its k-th nearest neighbour within its own set, or its farthest where there are fewer; NaN for sets of one.
     """
     real, fake = real.flatten(1).double(), fake.flatten(1).double()
+    k = min(k, len(real) - 1, len(fake) - 1)
+    if k < 1:
+        return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
 
     def radius(x: Tensor) -> Tensor:
         return torch.cdist(x, x).kthvalue(k + 1, dim=1).values

@@ -69,3 +69,9 @@ def test_modes_and_straightness() -> None:
     chord = torch.tensor([[1.0, 2.0]])
     assert straightness(chord.expand(5, 1, 2), chord) == 0
     assert straightness(torch.stack([chord + 1, chord - 1]), chord) == pytest.approx(2.0)
+
+
+def test_few_samples() -> None:
+    few, many = torch.randn(3, 2), torch.randn(40, 2)
+    assert coverage(few, many) == coverage(few, many, k=2)
+    assert all(value != value for value in (frechet(few[:1], many), *coverage(few[:1], many).values()))
