@@ -179,8 +179,8 @@ def codecs(power: float, tokens: int, words: int, compressor: Any, config: Any, 
             each = [loss(student[None, i : i + 1], ids[:, i : i + 1], values[:, i : i + 1].float()) for i in range(tokens)]
             size = sum(part.shape[-1] for part in packed.values())
             line(f"DistillKit {name}, rest {missing.value}", size, (into, out), torch.stack(each))
-    for kind, size in (("topk", 73), ("topk", 26), ("sampled", 148), ("sampled", 54)):
-        what, draws = Capture(kind, size), torch.Generator().manual_seed(0)  # type: ignore[arg-type]
+    for what in (Capture("topk", 73), Capture("topk", 26), Capture("sampled", 148), Capture("sampled", 54)):
+        kind, size, draws = what.kind, what.size, torch.Generator().manual_seed(0)
         columns = _columns(what, words, 0)
         pack = lambda what=what, columns=columns, draws=draws: {
             key: values.numpy().astype(columns[key][0]).tobytes() for key, values in _columns_of(log_probs, what, draws).items()
@@ -254,16 +254,17 @@ def kinds(words: int = 8000, width: int = 128) -> None:
     student = linear(hidden, head(teacher) * 0.8 + 0.1 * torch.randn(words, width)).detach()
     truth = divergence(linear(hidden, head(teacher)), student).detach()
     with tempfile.TemporaryDirectory() as folder:
-        for kind, size in (("full", 1), ("states", 1), ("topk", 8), ("topk", 32), ("topk", 128), ("sampled", 12), ("sampled", 50)):
-            kept = capture(folder, teacher, tokenizer, rows, Capture(kind, size), progress=False)  # type: ignore[arg-type]
+        sized = [*(Capture("topk", size) for size in (8, 32, 128)), *(Capture("sampled", size) for size in (12, 50))]
+        for what in (Capture("full", 1), Capture("states", 1), *sized):
+            kept = capture(folder, teacher, tokenizer, rows, what, progress=False)
             found = kept.signal(range(16)).divergence(student, "forward_kl", 1.0)
-            if kind == "sampled":
+            if what.kind == "sampled":
                 log_p = linear(hidden, head(teacher)).log_softmax(-1)
                 found = found + (log_p.exp() * log_p).sum(-1)
             gap = found - truth
             print(
-                f"{kind:8s}{size:4d}  {kept.bytes_per_token:8.0f} bytes/token  KL {truth.mean():.3f}, mean error {gap.mean():+.4f}, "
-                f"per token {gap.abs().mean():.4f}"
+                f"{what.kind:8s}{what.size:4d}  {kept.bytes_per_token:8.0f} bytes/token  KL {truth.mean():.3f}, "
+                f"mean error {gap.mean():+.4f}, per token {gap.abs().mean():.4f}"
             )
 
 

@@ -68,6 +68,7 @@ def override(config: C, changes: Mapping[str, Any]) -> C:
         head, _, rest = name.partition(".")
         if not dataclasses.is_dataclass(config) or head not in {f.name for f in dataclasses.fields(config)}:
             raise KeyError(f"{type(config).__qualname__} has no field {head!r}")
+        # The type checker does not carry the check above over to C.
         config = dataclasses.replace(config, **{head: override(getattr(config, head), {rest: value}) if rest else value})  # type: ignore[type-var]
     return config
 

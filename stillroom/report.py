@@ -187,7 +187,9 @@ def _lines(axes: Any, name: str, series: list[tuple[str, list, list]], colour: d
 
 def _pictures(parts: list[tuple[str, Path]]) -> list[dict[str, str]]:
     """Everything in the parts' samples/, wide fragments first, then by name; what all parts that have it show alike is shown once."""
-    every = sorted((p for label, folder in parts for p in _samples(folder, label)), key=lambda p: (p["kind"] != ".html", p["name"]))
+    every = sorted(
+        (p for label, folder in parts for p in _samples(folder, label)), key=lambda p: (p["kind"] != ".html", p["name"], p["kind"])
+    )
     kept = []
     for _, group in itertools.groupby(every, key=lambda p: (p["kind"], p["name"])):
         alike = list(group)

@@ -29,7 +29,7 @@ class Role:
     weight: Any = 0.0
     """What the gradients accumulated in this step are to be divided by."""
     reaches: bool | None = None
-    """Whether losses of this role reach parameters of other roles; None before its first update."""
+    """Whether losses of this role reach parameters of other roles; None before its first update. A wrong guess costs time only."""
 
 
 class Ema:

@@ -15,8 +15,8 @@ declare_torchvision_operators()
 sys.modules["KD_Lib.KD.text"] = text = ModuleType("text")
 text.__dict__.update(BERT2LSTM=None, get_essentials=None)
 
-from KD_Lib.KD import VanillaKD  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from KD_Lib.KD import VanillaKD  # noqa: E402 - it imports torchvision and its text part, both arranged above
+from torch import Tensor, nn  # noqa: E402 - kept with it
 
 
 class Kl(nn.Module):

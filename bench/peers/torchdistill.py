@@ -10,8 +10,8 @@ from bench.task import CE_WEIGHT, DECAY, LR, TEMPERATURE, Task, declare_torchvis
 
 declare_torchvision_operators()
 
-import torch  # noqa: E402
-from torchdistill.core.distillation import get_distillation_box  # noqa: E402
+import torch  # noqa: E402 - kept with the next
+from torchdistill.core.distillation import get_distillation_box  # noqa: E402 - it imports torchvision, whose operators are declared above
 
 logging.disable(logging.INFO)
 

@@ -131,6 +131,8 @@ class MaskedText(nn.Module):
     weighted by its share of them.
     """
 
+    special: Tensor
+
     def __init__(self, model: Any, tokenizer: Any, ratio: float):
         super().__init__()
         self.model, self.tokenizer, self.ratio = model, tokenizer, ratio
@@ -142,7 +144,7 @@ class MaskedText(nn.Module):
 
     def mask(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What the model is shown (B, L), and which tokens it has to predict (B, L) bool: at least one in every batch."""
-        open_ = ~torch.isin(ids, self.special)  # type: ignore[arg-type]
+        open_ = ~torch.isin(ids, self.special)
         draw = torch.rand(ids.shape, device=ids.device).masked_fill(~open_, 2.0)
         chosen = (draw < self.ratio) | ((draw == draw.min()) & open_)
         kind = torch.rand(ids.shape, device=ids.device)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,12 +121,15 @@ class Adapters(nn.Module):
         self.text = nn.Linear(body.text, width) if body.text else None
         self.attach(net)
 
+    def _keep(self, name: str, module: nn.Module, inputs: Any, out: Tensor) -> None:
+        self._side[name] = out
+
     def attach(self, net: nn.Module) -> None:
         body = anatomy(net)
         self.handles = [net.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for name, part in (("time", body.time), ("label", body.label)):
             if part:
-                self.handles.append(part[0].register_forward_hook(lambda m, i, out, name=name: self._side.__setitem__(name, out)))  # type: ignore[misc]
+                self.handles.append(part[0].register_forward_hook(partial(self._keep, name)))
         for adapter, (block, _) in zip(self.blocks, body.blocks, strict=True):
             self.handles.append(block.register_forward_hook(self._residual(adapter), with_kwargs=True))
 
