@@ -51,16 +51,16 @@ def train(task: Task, mode: str) -> float:
         ce_weight=1.0 if mode == "plain" else CE_WEIGHT,
         kd_weight=0.0 if mode == "plain" else KD_WEIGHT,
     )
-    ask = partial(_online, signals.soft_targets) if mode == "online" else signals.soft_targets
-    with tempfile.TemporaryDirectory() as place, mock.patch.object(signals, "soft_targets", ask):
+    ask = partial(_online, signals.answers) if mode == "online" else signals.answers
+    with tempfile.TemporaryDirectory() as place, mock.patch.object(signals, "answers", ask):
         run = Timed(Path(place) / "run", task.seed, engine=make("local", "cpu"), store=Store(Path(place) / "store"), plots=False)
         with run:
             kd.main(cfg, run, data=task.data, teacher=task.teacher, student=task.student)
         return run.loop + (run.table if mode == "cached, first time" else 0.0)
 
 
-def _online(soft_targets, run, teacher, images, temperature, *, augmented):
-    return soft_targets(run, teacher, images, temperature, augmented=True)
+def _online(answers, run, teacher, images, temperature, *, augmented):
+    return answers(run, teacher, images, temperature, augmented=True)
 
 
 if __name__ == "__main__":

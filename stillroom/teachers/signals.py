@@ -12,6 +12,7 @@ from stillroom.metrics.classification import evaluate
 from stillroom.run import Run
 
 Signal = Callable[[Tensor, Tensor], Tensor]
+Answers = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def logits(run: Run, teacher: nn.Module, images: Split, *, augmented: bool) -> Signal:
@@ -26,12 +27,29 @@ def logits(run: Run, teacher: nn.Module, images: Split, *, augmented: bool) -> S
     return lambda index, image: table[index]
 
 
-def soft_targets(run: Run, teacher: nn.Module, images: Split, temperature: float, *, augmented: bool) -> Signal:
-    """`signal(index, image)` gives softmax(teacher logits / temperature) (B, C); see `logits`. Looked-up targets are softened once."""
-    if augmented:
-        return lambda index, image: (_answer(teacher, image) / temperature).softmax(-1)
-    table = (_kept(run, teacher, images) / temperature).softmax(-1)
-    return lambda index, image: table[index]
+def answers(run: Run, teacher: nn.Module, images: Split, temperature: float, *, augmented: bool) -> Answers:
+    """`answers(index, image, label, every)` gives the two distributions that a student learns (2, B, C), without gradient: the labels,
+    one-hot, and softmax(teacher logits / temperature), looked up or asked for as in `logits`.
+
+    every: the labels of the whole batch, which the images may be one process's share of. Where only n of its N images have one (-1 is
+    none), rows of labels are N / n or zero, so that the mean of their cross-entropy over the batch is the mean over the labelled images;
+    where none has one, all are zero.
+    """
+    partly = bool((images.labels < 0).any())
+
+    def both(label: Tensor, logits: Tensor) -> Tensor:
+        one_hot = label.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
+        return torch.stack([one_hot.float(), (logits.float() / temperature).softmax(-1)])
+
+    table = None if augmented else both(images.labels.to(run.device), _kept(run, teacher, images))
+
+    def signal(index: Tensor, image: Tensor, label: Tensor, every: Tensor) -> Tensor:
+        found = both(label, _answer(teacher, image)) if table is None else table.index_select(1, index)
+        if partly:
+            found[0] *= len(every) / (every >= 0).sum().clamp_min(1)
+        return found
+
+    return signal
 
 
 @torch.no_grad()

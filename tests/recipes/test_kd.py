@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from stillroom import cli, hub
 from stillroom.config import override
 from stillroom.data.embedded import digits
+from stillroom.data.images import join
 from stillroom.optim import Optimizer
 from stillroom.recipes.classification import kd
 from stillroom.run import Run
@@ -20,31 +22,47 @@ TINY = dataclasses.replace(kd.Config(), steps=12, teacher_steps=12, batch_size=1
 
 
 class Spy(Run):
-    """Keeps the parts of every update."""
+    """Keeps what every update minimises and what is logged."""
 
     def update(self, optimizer, loss=None, **parts):
-        self.__dict__.setdefault("parts", []).append({k: v.detach().clone() for k, v in parts.items()})
+        self.loss = loss.detach().clone()
         return super().update(optimizer, loss, **parts)
 
+    def log(self, **values):
+        self.logged = {k: v.detach().clone() for k, v in values.items()}
+        super().log(**values)
 
-def test_parts_against_float64(tmp_path) -> None:
-    data = digits(0, labelled=40, transfer=60)
-    cfg = override(TINY, {"steps": 1, "temperature": 3.0, "ce_weight": 0.3, "kd_weight": 0.7, "batch_size": 100})
-    teacher, student = (hub.load_classifier(f"small:{name}", data=data, fresh=True) for name in ("convnet-w8", "convnet-w4"))
-    before = {k: v.clone() for k, v in student.state_dict().items()}
-    with Spy(tmp_path / "r", 0, plots=False) as run:
-        kd.main(cfg, run, data=data, teacher=teacher, student=student)
-    student.load_state_dict(before)
-    index = torch.arange(100)
-    images = torch.cat([data.train.images(), data.transfer.images()])  # type: ignore[union-attr]
-    with torch.no_grad():
-        z_s, z_t = student.train()(images).double(), teacher.eval()(images).double()
-    ce = -z_s[:40].log_softmax(1)[torch.arange(40), data.train.labels].mean()
+
+@pytest.mark.parametrize("augment", ["none", "shift"])
+@pytest.mark.parametrize("labelled", [100, 40])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loss_and_gradient_against_float64(augment, labelled, accumulate, tmp_path, monkeypatch) -> None:
+    """All images labelled or some, the teacher looked up or asked, in one piece or two; one plain step tells the gradient."""
+    data = digits(0, labelled=labelled, transfer=100 - labelled)
+    monkeypatch.setattr(kd, "augmenter", lambda kind, size: lambda image: image)  # so that the view is known; the teacher is asked anyway
+    values = {"steps": 1, "temperature": 3.0, "ce_weight": 0.3, "kd_weight": 0.7, "batch_size": 100, "augment": augment}
+    cfg = override(TINY, {**values, "optimizer": Optimizer("sgd", 0.1, momentum=0.0)})
+    teacher, student = (hub.load_classifier(f"small:{name}", data=data, fresh=True) for name in ("convnet-w8", "mlp-16"))
+    exact = copy.deepcopy(student).double().train()
+    images, label = data.train.images(), data.train.labels
+    if data.transfer is not None:
+        images, label = torch.cat([images, data.transfer.images()]), torch.cat([label, data.transfer.labels])
+    z_s, z_t = exact(images.double()), teacher.eval()(images).double().detach()
+    has = label >= 0
+    ce = 0.3 * -z_s[has].log_softmax(1)[torch.arange(int(has.sum())), label[has]].mean()
     p, q = (z_t / 3).softmax(1), (z_s / 3).softmax(1)
-    expected = 0.7 * 9 * (p * (p.log() - q.log())).sum(1).mean()
-    assert len(index) == 100
-    torch.testing.assert_close(run.parts[0]["ce"].double(), 0.3 * ce, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(run.parts[0]["kd"].double().mean(), expected, atol=1e-5, rtol=1e-5)
+    (ce + 0.7 * 9 * (p * (p.log() - q.log())).sum(1).mean()).backward()
+    entropy = 0.7 * 9 * -(p * p.log()).sum(1).mean()
+    with Spy(tmp_path / "r", 0, accumulate=accumulate, plots=False) as run:
+        kd.main(cfg, run, data=data, teacher=teacher, student=student)
+    if accumulate == 1:
+        kd_term = 0.7 * 9 * (p * (p.log() - q.log())).sum(1).mean() + entropy
+        torch.testing.assert_close(run.logged["ce"].double(), ce.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(run.logged["kd"].double(), kd_term.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(run.loss.double(), (ce + kd_term).detach(), atol=1e-5, rtol=1e-5)
+    for mine, other in zip(student.parameters(), exact.parameters(), strict=True):
+        assert other.grad is not None
+        torch.testing.assert_close(mine.detach().double(), other.detach() - 0.1 * other.grad, atol=1e-6, rtol=1e-5)
 
 
 def test_cached_and_online_teacher_say_the_same(run: Run) -> None:
@@ -53,10 +71,6 @@ def test_cached_and_online_teacher_say_the_same(run: Run) -> None:
     batch = data.train.take(torch.tensor([7, 3, 11]))
     cached, online = (signals.logits(run, teacher, data.train, augmented=a)(batch.index, batch.images) for a in (False, True))
     torch.testing.assert_close(cached, online, atol=1e-5, rtol=1e-5)
-    soft = [signals.soft_targets(run, teacher, data.train, 3.0, augmented=a)(batch.index, batch.images) for a in (False, True)]
-    for found in soft:
-        torch.testing.assert_close(found, (online / 3).softmax(1), atol=1e-5, rtol=1e-5)
-        assert not found.requires_grad
     assert not cached.requires_grad
     assert not online.requires_grad
 
@@ -90,16 +104,25 @@ def test_without_kd_weight_it_is_plain_training(run: Run) -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_a_batch_without_labels_has_no_cross_entropy() -> None:
-    logits, label = torch.tensor([[0.3, -1.0], [2.0, 0.5], [0.0, 1.0]], requires_grad=True), torch.tensor([1, -1, -1])
-    none = kd.labelled_cross_entropy(logits, torch.full((3,), -1))
-    none.backward()
-    assert none == 0
-    assert logits.grad is not None
-    assert not logits.grad.any()
-    torch.testing.assert_close(kd.labelled_cross_entropy(logits, label), -logits[0].log_softmax(-1)[1])
-    every = torch.tensor([0, 1, 1])
-    torch.testing.assert_close(kd.labelled_cross_entropy(logits, every), nn.functional.cross_entropy(logits, every))
+@pytest.mark.parametrize("augmented", [False, True])
+def test_the_answers_of_a_batch(augmented: bool, run: Run) -> None:
+    data = digits(0, labelled=40, transfer=60)
+    assert data.transfer is not None
+    images = join(data.train, data.transfer)
+    teacher = run.frozen(hub.load_classifier("small:convnet-w8", data=data, fresh=True))
+    answers = signals.answers(run, teacher, images, 3.0, augmented=augmented)
+    index, image, label = images.take(torch.tensor([50, 3, 99, 11]))
+    one_hot, soft = answers(index, image, label, label)
+    assert not one_hot.requires_grad
+    assert not soft.requires_grad
+    torch.testing.assert_close(soft, (teacher(image) / 3).softmax(1), atol=1e-5, rtol=1e-5)
+    assert not one_hot[[0, 2]].any()
+    torch.testing.assert_close(one_hot[[1, 3]], 2 * nn.functional.one_hot(label[[1, 3]], 10).float())  # 4 images, 2 labels
+    again, _ = answers(index, image, label, label)
+    assert torch.equal(again, one_hot)  # what was looked up was not changed in place
+    index, image, label = images.take(torch.tensor([50, 99]))
+    none, _ = answers(index, image, label, label)
+    assert not none.any()
 
 
 def test_end_to_end(tmp_path, capsys) -> None:

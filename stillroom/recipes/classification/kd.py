@@ -6,6 +6,9 @@ The first term is the mean over the labelled images of a batch, the second over 
 images without labels (the transfer set), and that is where distillation pays when labels are few. Teacher, baseline and student
 see the same labels; the baseline cannot use the unlabelled images, and takes as many steps on batches of the same size.
 
+Minimised, as the paper words it, are two cross-entropies, with the labels at temperature 1 and with the teacher at T; the second
+exceeds the divergence by the entropy of the teacher's answer, which has no gradient.
+
 Exact: both terms, their weights and the T^2 (section 2). Teacher outputs are computed once and kept when the images are not
 augmented; with augmentation the teacher sees the same view as the student. Shrunk: networks and data.
 """
@@ -15,7 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from torch.nn import functional as F
 
 from stillroom import hub
@@ -92,7 +96,7 @@ def main(
     data = data.to(run.device) if data else cfg.load(run, labelled=cfg.labelled)
     augment = augmenter(cfg.augment, data.size)
     images: Split = data.train
-    target: signals.Signal | None = None
+    answers: signals.Answers | None = None
     if cfg.kd_weight:
         teacher = run.frozen(teacher if teacher is not None else trained.classifier(
             run, "teacher", cfg.teacher, data, steps=cfg.teacher_steps, optimizer=cfg.teacher_optimizer, batch_size=cfg.batch_size,
@@ -101,29 +105,29 @@ def main(
         present.classifier(run, "teacher", teacher, data.test)
         if cfg.pool == "all" and data.transfer is not None:
             images = join(data.train, data.transfer)
-        target = signals.soft_targets(run, teacher, images, cfg.temperature, augmented=cfg.augment != "none")
+        answers = signals.answers(run, teacher, images, cfg.temperature, augmented=cfg.augment != "none")
 
     student, optimizer = run.trainable("student", student or hub.load_classifier(cfg.student, data=data, fresh=True), cfg.optimizer)
-    cross_entropy = F.cross_entropy if bool((images.labels >= 0).all()) else labelled_cross_entropy
-    kd_weight = cfg.kd_weight * cfg.temperature**2
     batches = Batches(images, cfg.batch_size, run.seed)
+    temperatures = torch.tensor([1.0, cfg.temperature], device=run.device).view(2, 1, 1)
+    weights = torch.tensor([cfg.ce_weight, cfg.kd_weight * cfg.temperature**2], device=run.device)
+    weights /= -(batches.size // (run.world * run.accumulate))
     for step in run.steps(cfg.steps):
-        index, image, label = run.shard(batches(step))
+        batch = batches(step)
+        index, image, label = run.shard(batch)
         image = augment(image)
         logits = student(image)
-        parts = {}
-        if cfg.ce_weight:
-            parts["ce"] = cfg.ce_weight * cross_entropy(logits, label)
-        if target is not None:
-            log_q = (logits / cfg.temperature).log_softmax(-1)
-            parts["kd"] = kd_weight * F.kl_div(log_q, target(index, image), reduction="batchmean")
-        run.update(optimizer, **parts)
+        if answers is None:
+            run.update(optimizer, ce=cfg.ce_weight * F.cross_entropy(logits, label))
+            continue
+        # Both terms under one softmax: beside a small network, a second one and its sum would cost a twentieth of the step.
+        log_q = (logits / temperatures).log_softmax(-1)
+        sums = (answers(index, image, label, batch.labels) * log_q).sum((1, 2))
+        if run.log_now:
+            ce, kd = weights * sums
+            run.log(ce=ce, kd=kd)
+        run.update(optimizer, torch.dot(weights, sums))
 
     metrics = present.classifier(run, "student", student, data.test)
     run.save_student(student, hub.save_classifier)
     return metrics
-
-
-def labelled_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean over the labelled rows of a batch (label -1 is none); zero when it has none."""
-    return F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp_min(1)
