@@ -199,7 +199,7 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
                 page = report.write(folder)
                 report.print_table(report.table(folder))
                 print(f"report: {page}")
-        placed.close()
+        placed.end()
     except (UserError, OSError):
         if not began and not any(folder.rglob("*.pt")):  # nothing to continue from: the corrected command may use the folder
             shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ model per call there, and ignores the request on CPU).  One launch line serves a
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -96,8 +97,8 @@ class Local:
     def barrier(self) -> None:
         pass
 
-    def close(self) -> None:
-        """Leave the group of processes, at the end of a program: threads of a group left open abort the interpreter's exit."""
+    def end(self) -> None:
+        """The last call of a program that succeeded: of several processes, each leaves the group and ends here, with exit code 0."""
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -155,10 +156,14 @@ class _Distributed(Local):
     def barrier(self) -> None:
         torch.distributed.barrier()
 
-    def close(self) -> None:
+    def end(self) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
+            atexit._run_exitfuncs()
+            print(end="", flush=True)
+            # The group's threads live on. One that lets go of a tensor while the interpreter is taken down would abort the process.
+            os._exit(0)
 
 
 class Ddp(_Distributed):
@@ -274,19 +279,16 @@ class Fsdp2(_Distributed):
             return super().load(net, optimizer, state)
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
-        optimizers = optimizer or ()
-        set_state_dict(
-            net, optimizers, model_state_dict=state["net"], optim_state_dict=state.get("optimizer", {}), options=self._options
-        )  # fmt: skip
+        moments = state.get("optimizer", {})
+        set_state_dict(net, optimizer or (), model_state_dict=state["net"], optim_state_dict=moments, options=self._options)
 
 
 def make(kind: Literal["auto", "local", "ddp", "fsdp2"] = "auto", device: str | None = None, precision: Precision = "fp32") -> Local:
     """The engine for this process: "auto" is DDP under a launcher that started several processes, else local."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if kind in ("ddp", "fsdp2") and "RANK" not in os.environ:
-        raise UserError(
-            f"--engine {kind} needs a launcher: torchrun --nproc-per-node 2 -m stillroom run NAME --engine {kind}", code=2
-        )  # fmt: skip
+        launch = f"torchrun --nproc-per-node 2 -m stillroom run NAME --engine {kind}"
+        raise UserError(f"--engine {kind} needs a launcher: {launch}", code=2)
     if kind == "fsdp2":
         return Fsdp2(device, precision)
     if kind == "ddp" or (kind == "auto" and several):

@@ -83,7 +83,7 @@ class Run:
         self.finite = Finite(self)
         self._log = MetricsLog(self.folder / "metrics.jsonl", writes=not self.rank, tensorboard=tensorboard)
         self._clock: Clock = parent._clock if parent is not None and not wait else Clock()
-        self.step, self._log_now = 0, True
+        self.step, self.log_now = 0, True
         self._lock: Any = None
         if not self.rank:
             self._open(wait)
@@ -187,7 +187,7 @@ class Run:
         with Signals(stop):
             for step in range(start, total):
                 self.step = step
-                self._log_now = step % stride == 0 or step + 1 == total
+                self.log_now = step % stride == 0 or step + 1 == total
                 for role in self.roles.values():
                     if isinstance(role.config, Optimizer):
                         rate = role.config.rate(step, total)
@@ -202,15 +202,14 @@ class Run:
                     yield step
                 if bar is not None:
                     bar.update()
-                if self._log_now:
+                if self.log_now:
                     self._log.write(name, step)
                 due = time.monotonic() - saved > self.save_seconds
                 if collective:  # clocks and signals differ between processes; saving is a joint act
                     if (step + 1) % 16 and step + 1 < total:
                         continue
-                    due, stopped = (
-                        bool(x) for x in self.engine.sum(torch.tensor([due, stop.is_set()], dtype=torch.float32, device=self.device))
-                    )
+                    either = torch.tensor([due, stop.is_set()], dtype=torch.float32, device=self.device)
+                    due, stopped = (bool(x) for x in self.engine.sum(either))
                 else:
                     stopped = stop.is_set()
                 if due or stopped or step + 1 == total:
@@ -239,7 +238,7 @@ class Run:
         total = functools.reduce(torch.add, means.values())
         who = roles[0].name
         self.finite.check(who, total, means)
-        if self._log_now:
+        if self.log_now:
             self._log.record |= {f"{who}/{part}": value.detach() for part, value in means.items()}
         held.backward(self, roles, total, weight)
         if self.chunk + 1 == self.accumulate:
@@ -348,8 +347,9 @@ class Run:
 
     # -- what people see ---------------------------------------------------------------------------------------------------------
     def log(self, **values: Any) -> None:
-        """Numbers of this step for metrics.jsonl and the report's curves (about 200 evenly spaced steps of a loop are kept)."""
-        if self._log_now:
+        """Numbers of this step for metrics.jsonl and the report's curves. About 200 evenly spaced steps of a loop are kept, those
+        where `run.log_now`: what is worth a computation only to be logged waits for them."""
+        if self.log_now:
             self._log.record |= values
 
     @property

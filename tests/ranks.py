@@ -53,7 +53,7 @@ def main(engine: str, folder: str, *shapes: str) -> None:
     torch.set_num_threads(1)
     for shape in shapes:
         last = run_shape(shape, engine, Path(folder))
-    last.close()
+    last.end()
 
 
 if __name__ == "__main__":
