@@ -183,10 +183,11 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
     plain = options.arm is None and (config, options.seed) == (recipe.Config(), 0)
     suffix = "" if plain else f"-{fingerprint(config, options.seed, method)[:6]}"
     folder = options.out or Path("runs") / (name + suffix)
-    if options.overwrite and folder.exists():
-        _delete_run(folder)
-    began = catalogue.read_config(folder) is not None or (folder.is_dir() and any(folder.iterdir()))
     placed = engine.make(options.engine, options.device, options.precision)
+    if options.overwrite and folder.exists() and not placed.rank:
+        _delete_run(folder)
+    placed.barrier()
+    began = catalogue.read_config(folder) is not None or (folder.is_dir() and any(folder.iterdir()))
     settings: dict[str, Any] = {"engine": placed, "store": Store(options.cache), "accumulate": options.accumulate}
     settings |= {"save_seconds": options.save_seconds, "progress": not options.quiet, "tensorboard": options.tensorboard}
     try:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import functools
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from stillroom.errors import UserError, needs
 from stillroom.optim import BuildOptimizer
@@ -260,27 +260,27 @@ class Fsdp2(_Distributed):
         total = nn.utils.clip_grad_norm_(params, norm)
         return total.full_tensor() if hasattr(total, "full_tensor") else total
 
-    @functools.cached_property
-    def _options(self) -> Any:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-        return StateDictOptions(full_state_dict=True, cpu_offload=False)
-
     def state(self, net: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-        if is_bare(net):
-            return super().state(net, optimizer)
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
-        tensors, moments = get_state_dict(net, optimizer or (), options=self._options)
-        return {"net": tensors} | ({"optimizer": moments} if optimizer else {})
+        return tree_map(lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t, super().state(net, optimizer))
 
     def load(self, net: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
-        if is_bare(net):
-            return super().load(net, optimizer, state)
-        from torch.distributed.checkpoint.state_dict import set_state_dict
+        if not is_bare(net):
+            own = net.state_dict()
+            state = state | {"net": {name: _like(own.get(name), value) for name, value in state["net"].items()}}
+            if optimizer:
+                held = [p for group in optimizer.param_groups for p in group["params"]]
+                moments = {i: {k: _like(held[i], v) for k, v in m.items()} for i, m in state["optimizer"]["state"].items()}
+                state["optimizer"] = state["optimizer"] | {"state": moments}
+        super().load(net, optimizer, state)
 
-        moments = state.get("optimizer", {})
-        set_state_dict(net, optimizer or (), model_state_dict=state["net"], optim_state_dict=moments, options=self._options)
+
+def _like(mine: Any, whole: Any) -> Any:
+    """A whole tensor cut as `mine` is, if it is; all processes hold the whole."""
+    if not hasattr(mine, "placements") or mine.shape != getattr(whole, "shape", None):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, mine.device_mesh, mine.placements, src_data_rank=None)
 
 
 def make(kind: Literal["auto", "local", "ddp", "fsdp2"] = "auto", device: str | None = None, precision: Precision = "fp32") -> Local:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,12 +13,16 @@ from stillroom.run import Run
 from stillroom.store import Store
 from tests.loops import ADAM, mlp, rows, three_optimizers
 
+OTHER: dict[str, Any] = {"local": "local", "ddp": "fsdp2", "fsdp2": "ddp"}
 
-def one_role(run: Run, steps: int):
+
+def one_role(run: Run, steps: int, until: int | None = None):
     x, y = rows(1, 64, 8), rows(2, 64, 4)
     student, optimizer = run.trainable("student", mlp(8, 4), ADAM)
     ema = run.ema("ema", student, 0.9)
-    for _ in run.steps(steps):
+    for step in run.steps(steps):
+        if step == until:
+            break
         image, target = run.shard((x, y))
         keep = run.shard(torch.arange(64) % 7 < 3 + torch.arange(64) // 16)  # masked entries, another count in every chunk
         run.update(optimizer, ((student(image) - target) ** 2).mean(1) * keep, count=keep.sum())
@@ -28,7 +33,13 @@ def one_role(run: Run, steps: int):
 def run_shape(shape: str, engine: str, folder: Path) -> Local:
     accumulate = 2 if shape.endswith("accumulated") else 1
     run = Run(folder / shape, 3, engine=make(engine, "cpu"), store=Store(folder / "store"), accumulate=accumulate)  # type: ignore[arg-type]
-    if shape.startswith("one_role"):
+    if shape == "moved":  # the second half under the other engine, from the checkpoint of the first
+        run.save_seconds = 0
+        one_role(run, 48, until=20)
+        run.close()
+        run = Run(run.folder, 3, engine=make(OTHER[engine], "cpu"), store=run.store)
+        nets = list(one_role(run, 48))
+    elif shape.startswith("one_role"):
         nets = list(one_role(run, 12))
     elif shape == "bare":
         weight, optimizer = run.trainable("images", torch.nn.Parameter(rows(1, 8)), ADAM)

@@ -17,29 +17,47 @@ from tests.ranks import main as in_process
 RANKS = Path(__file__).parents[1] / "ranks.py"
 
 
-SHAPES = {"ddp": ("one_role", "three_roles", "one_role_accumulated", "bare"), "fsdp2": ("one_role", "three_roles")}
+SHAPES = {"ddp": ("one_role", "three_roles", "one_role_accumulated", "bare", "moved"), "fsdp2": ("one_role", "three_roles", "moved")}
+
+
+def launched(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """A program in two processes; the launcher finds its port by itself: one that is looked for here may be taken before it starts."""
+    launcher = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]]
+    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(RANKS.parents[1]), **environment}
+    return subprocess.run([*launcher, *words], env={**os.environ, **settings}, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def two_processes(request, tmp_path_factory) -> tuple[str, Path]:
     """The folder where two processes under one engine left what each shape ended with."""
     engine, folder = request.param, tmp_path_factory.mktemp(request.param)
-    # The launcher finds its port by itself: one that is looked for here may be taken before it starts.
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-        "--nproc-per-node",
-        "2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(RANKS.parents[1])}
-    words += [str(RANKS), engine, str(folder), *SHAPES[engine]]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    done = launched(str(RANKS), engine, str(folder), *SHAPES[engine])
     assert done.returncode == 0, done.stderr[-3000:]
     return engine, folder
+
+
+def test_the_command_in_two_processes(tmp_path: Path) -> None:
+    """A teacher that was trained under one engine serves the other, and one process makes room for both."""
+    command = [
+        "-m",
+        "stillroom",
+        "run",
+        "kd",
+        "--device",
+        "cpu",
+        "--steps",
+        "6",
+        "--teacher-steps",
+        "6",
+        "--no-baseline",
+        "--quiet",
+        "--overwrite",
+    ]
+    for engine in SHAPES:
+        done = launched(*command, "--engine", engine, "--out", str(tmp_path / "run"), STILLROOM_CACHE=str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("report: ") == 1
+    assert len(list((tmp_path / "cache").glob("teacher-*/train.pt"))) == 1
 
 
 def ended(folder: Path, shape: str) -> list[torch.Tensor]:
@@ -54,7 +72,7 @@ def test_two_processes_equal_one(two_processes: tuple[str, Path], tmp_path: Path
         expected, found = ended(tmp_path, shape.removesuffix("_accumulated")), ended(folder, shape)
         assert len(found) == len(expected) > 0
         for a, b in zip(expected, found, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=lambda text, shape=shape: f"{engine} {shape}: {text}")
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=f"{engine} {shape}: {{}}".format)
 
 
 def test_chunks_equal_the_whole_batch(tmp_path: Path) -> None:

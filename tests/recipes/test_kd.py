@@ -21,7 +21,7 @@ from stillroom.teachers import signals
 TINY = dataclasses.replace(kd.Config(), steps=12, teacher_steps=12, batch_size=16)
 
 
-class Spy(Run):
+class Heard(Run):
     """Keeps what every update minimises and what is logged."""
 
     def update(self, optimizer, loss=None, **parts):
@@ -53,12 +53,12 @@ def test_loss_and_gradient_against_float64(augment, labelled, accumulate, tmp_pa
     p, q = (z_t / 3).softmax(1), (z_s / 3).softmax(1)
     (ce + 0.7 * 9 * (p * (p.log() - q.log())).sum(1).mean()).backward()
     entropy = 0.7 * 9 * -(p * p.log()).sum(1).mean()
-    with Spy(tmp_path / "r", 0, accumulate=accumulate, plots=False) as run:
+    with Heard(tmp_path / "r", 0, accumulate=accumulate, plots=False) as run:
         kd.main(cfg, run, data=data, teacher=teacher, student=student)
     if accumulate == 1:
         kd_term = 0.7 * 9 * (p * (p.log() - q.log())).sum(1).mean() + entropy
-        torch.testing.assert_close(run.logged["ce"].double(), ce.detach(), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(run.logged["kd"].double(), kd_term.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(run.logged["student/ce"].double(), ce.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(run.logged["student/kd"].double(), kd_term.detach(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(run.loss.double(), (ce + kd_term).detach(), atol=1e-5, rtol=1e-5)
     for mine, other in zip(student.parameters(), exact.parameters(), strict=True):
         assert other.grad is not None

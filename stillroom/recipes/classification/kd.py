@@ -125,7 +125,7 @@ def main(
         sums = (answers(index, image, label, batch.labels) * log_q).sum((1, 2))
         if run.log_now:
             ce, kd = weights * sums
-            run.log(ce=ce, kd=kd)
+            run.log(**{"student/ce": ce, "student/kd": kd})
         run.update(optimizer, torch.dot(weights, sums))
 
     metrics = present.classifier(run, "student", student, data.test)
