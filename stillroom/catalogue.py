@@ -121,7 +121,14 @@ def execute(name: str, config: Any, run: Run, *, arm: str | None = None, **keywo
     done = run.folder / "result.json"
     if done.exists():
         return json.loads(done.read_text())
-    metrics = load(name).main(config, run, **keywords)
+    try:
+        metrics = load(name).main(config, run, **keywords)
+    except RuntimeError as error:
+        if hasattr(run.engine, "mesh"):
+            raise UserError(
+                f"{name} stopped under FSDP2, which cannot run every recipe (docs/running.md); use --engine ddp. ({error})"
+            ) from error
+        raise
     result = {
         **given,
         "metrics": {k: _number(v) for k, v in metrics.items()},

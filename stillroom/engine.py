@@ -10,7 +10,7 @@ import atexit
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -59,17 +59,13 @@ class Local:
 
     def copy(self, net: nn.Module) -> nn.Module:
         """An independent, frozen copy in the same layout (for an EMA)."""
-        twin = copy.deepcopy(self.module(net))
+        twin = copy.deepcopy(net)
         twin.__dict__.pop("forward", None)  # the autocast wrapper is bound to the original
         return self.frozen(twin)
 
-    def module(self, net: Any) -> Any:
-        """The network as this process holds it, without what DDP wraps around it."""
-        return net
-
     def unwrap(self, net: Any) -> Any:
         """A plain, whole network with the weights of `net`; all processes call it together."""
-        return self.module(net)
+        return net
 
     def _autocast(self, net: nn.Module) -> nn.Module:
         if self.precision == "bf16" and "forward" not in net.__dict__:
@@ -80,11 +76,11 @@ class Local:
     def synchronise(self, net: Any, now: bool) -> None:
         """Whether the coming backward passes of `net` exchange gradients (only the last chunk of an accumulated step does)."""
 
-    def average(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Average tensors over processes, in place (gradients of bare parameters)."""
+    def average(self, net: Any, params: list[nn.Parameter]) -> None:
+        """Before a role's step: every process holds the mean of the gradients, and the buffers of rank 0."""
 
     def clip(self, params: list[nn.Parameter], norm: float) -> torch.Tensor:
-        return nn.utils.clip_grad_norm_(params, norm)
+        return _plain(nn.utils.clip_grad_norm_(params, norm))
 
     # -- collectives
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -112,7 +108,6 @@ class Local:
     # -- state, the same on disk for every engine
     def state(self, net: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         """Of a role (with its optimizer), without what it holds frozen: the base under its adapters is not written again and again."""
-        net = self.module(net)
         if is_bare(net):
             tensors: dict[Any, torch.Tensor] = dict(enumerate(parameters(net)))
         else:
@@ -121,7 +116,6 @@ class Local:
         return {"net": tensors} | ({"optimizer": optimizer.state_dict()} if optimizer else {})
 
     def load(self, net: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
-        net = self.module(net)
         if is_bare(net):
             with torch.no_grad():
                 for i, parameter in enumerate(parameters(net)):
@@ -138,10 +132,24 @@ class Local:
 class _Distributed(Local):
     """What DDP and FSDP2 share: the process group's collectives."""
 
-    def average(self, tensors: Iterable[torch.Tensor]) -> None:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-            tensor /= self.world
+    def average(self, net: Any, params: list[nn.Parameter]) -> None:
+        buffers = [] if is_bare(net) else [b for b in net.buffers() if b.is_floating_point()]
+        learning = [p for p in params if p.requires_grad]
+        for dtype in sorted({t.dtype for t in [*learning, *buffers]}, key=str):
+            mine, theirs = ([t for t in tensors if t.dtype == dtype] for tensors in (learning, buffers))
+            # What a process has no gradient for (a gate was shut) counts as zero if another one has it, and is left alone if none has.
+            has = torch.tensor([float(p.grad is not None) for p in mine], dtype=dtype, device=self.device)
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
+            parts += [b if self.rank == 0 else torch.zeros_like(b) for b in theirs]
+            flat = torch.cat([has, *(t.detach().reshape(-1) for t in parts)])
+            torch.distributed.all_reduce(flat)
+            means = flat[len(has) :].split([t.numel() for t in parts])
+            for i, p in enumerate(mine):
+                if p.grad is not None or flat[i] > 0:
+                    p.grad = (means[i] / self.world).view_as(p)
+            with torch.no_grad():
+                for b, value in zip(theirs, means[len(mine) :]):
+                    b.copy_(value.view_as(b))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.clone()
@@ -167,35 +175,25 @@ class _Distributed(Local):
 
 
 class Ddp(_Distributed):
-    """One replica a process; each trainable module is prepared by Accelerate, so its launcher and environment variables apply."""
+    """One replica a process, set up by Accelerate, so that its launcher and environment variables apply.
+
+    Gradients are averaged in one piece before a step. `DistributedDataParallel` would send them during the backward pass, but it refuses
+    what recipes do: weights used outside of a forward pass (the chunked losses of language models, quantized weights), two forward passes
+    before one backward (adversarial heads), features of the middle of a network.
+    """
 
     def __init__(self, device: str | None = None, precision: Precision = "fp32"):
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate import PartialState
 
-        # Recipes with gates, exits or discriminators leave parameters out of some steps.
-        keywords = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(
-            cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[keywords]
-        )
-        device_type = self.accelerator.device.type
-        self.device = torch.device("cpu") if device_type == "cpu" else self.accelerator.device  # it says cpu:0
-        self.precision = precision
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.local_rank = self.accelerator.local_process_index
+        state, self.precision = PartialState(cpu=device == "cpu"), precision
+        self.device = torch.device("cpu") if state.device.type == "cpu" else state.device  # it says cpu:0
+        self.rank, self.world, self.local_rank = state.process_index, state.num_processes, state.local_process_index
 
     def trainable(self, net: Any, build: BuildOptimizer) -> tuple[Any, torch.optim.Optimizer]:
-        if is_bare(net):
-            return super().trainable(net, build)
-        net = self.accelerator.prepare_model(net.train())
-        return net, build(net.parameters())
-
-    def module(self, net: Any) -> Any:
-        return net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
-
-    def synchronise(self, net: Any, now: bool) -> None:
-        if isinstance(net, nn.parallel.DistributedDataParallel):
-            net.require_backward_grad_sync = now
+        net, optimizer = super().trainable(net, build)
+        for tensor in [*parameters(net), *([] if is_bare(net) else net.buffers())]:
+            torch.distributed.broadcast(tensor.detach(), 0)
+        return net, optimizer
 
 
 class Fsdp2(_Distributed):
@@ -211,9 +209,11 @@ class Fsdp2(_Distributed):
             torch.distributed.init_process_group("gloo" if self.device.type == "cpu" else None)
         self.mesh = torch.distributed.init_device_mesh(self.device.type, (self.world,))
 
-    def _shard(self, net: nn.Module) -> nn.Module:
+    def _shard(self, net: nn.Module, again: bool | None = None) -> nn.Module:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        if hasattr(net, "_template"):  # a frozen network that serves again
+            return net
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.precision == "bf16" else MixedPrecisionPolicy()
         template = copy.deepcopy(net).to("meta")
         net = net.to(self.device)
@@ -221,7 +221,7 @@ class Fsdp2(_Distributed):
             own, total = (sum(p.numel() for p in child.parameters(recurse=r)) for r in (False, True))
             if own == 0 and total >= 1_000_000 and not isinstance(child, nn.ModuleList | nn.ModuleDict):
                 fully_shard(child, mesh=self.mesh, mp_policy=policy)
-        fully_shard(net, mesh=self.mesh, mp_policy=policy)
+        fully_shard(net, mesh=self.mesh, mp_policy=policy, reshard_after_forward=again)
         object.__setattr__(net, "_template", template)  # not a submodule: it must not enter the state
         return net
 
@@ -232,7 +232,8 @@ class Fsdp2(_Distributed):
         return net, build(net.parameters())
 
     def frozen(self, net: nn.Module) -> nn.Module:
-        return self._shard(net.eval().requires_grad_(False))
+        # Left whole after its first forward pass, which no backward pass follows, a moving average would go on answering with old weights.
+        return self._shard(net.eval().requires_grad_(False), again=True)
 
     def copy(self, net: nn.Module) -> nn.Module:
         template: Any = net._template
@@ -250,18 +251,21 @@ class Fsdp2(_Distributed):
         with torch.no_grad():
             for new, old in zip(whole.buffers(), net.buffers(), strict=True):  # those that a state leaves out too
                 new.copy_(old)
+        object.__setattr__(whole, "gathered", True)  # what its weights are used for teaches the sharded network nothing
         return whole.requires_grad_(any(p.requires_grad for p in net.parameters()))
+
+    def average(self, net: Any, params: list[nn.Parameter]) -> None:
+        if is_bare(net):
+            return super().average(net, params)
+        if not any(p.grad is not None for p in params):
+            raise RuntimeError("no gradient arrived: forward() must return tensors in tuples, dicts or transformers' outputs")
 
     def synchronise(self, net: Any, now: bool) -> None:
         if hasattr(net, "set_requires_gradient_sync"):
             net.set_requires_gradient_sync(now)
 
-    def clip(self, params: list[nn.Parameter], norm: float) -> torch.Tensor:
-        total = nn.utils.clip_grad_norm_(params, norm)
-        return total.full_tensor() if hasattr(total, "full_tensor") else total
-
     def state(self, net: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-        return tree_map(lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t, super().state(net, optimizer))
+        return tree_map(_plain, super().state(net, optimizer))
 
     def load(self, net: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
         if not is_bare(net):
@@ -272,6 +276,10 @@ class Fsdp2(_Distributed):
                 moments = {i: {k: _like(held[i], v) for k, v in m.items()} for i, m in state["optimizer"]["state"].items()}
                 state["optimizer"] = state["optimizer"] | {"state": moments}
         super().load(net, optimizer, state)
+
+
+def _plain(value: Any) -> Any:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _like(mine: Any, whole: Any) -> Any:
@@ -285,13 +293,12 @@ def _like(mine: Any, whole: Any) -> Any:
 
 def make(kind: Literal["auto", "local", "ddp", "fsdp2"] = "auto", device: str | None = None, precision: Precision = "fp32") -> Local:
     """The engine for this process: "auto" is DDP under a launcher that started several processes, else local."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if kind in ("ddp", "fsdp2") and "RANK" not in os.environ:
         launch = f"torchrun --nproc-per-node 2 -m stillroom run NAME --engine {kind}"
         raise UserError(f"--engine {kind} needs a launcher: {launch}", code=2)
     if kind == "fsdp2":
         return Fsdp2(device, precision)
-    if kind == "ddp" or (kind == "auto" and several):
+    if kind == "ddp" or (kind == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1):
         needs("accelerate", "hf", "a run in several processes")
         return Ddp(device, precision)
     return Local(device, precision)

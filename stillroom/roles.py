@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from stillroom import engine as engines
 from stillroom.errors import UserError
 from stillroom.optim import BuildOptimizer, Optimizer
 
@@ -37,7 +36,6 @@ class Ema:
 
     def __init__(self, run: Run, source: nn.Module, decay: float):
         self.run, self.decay, self.net = run, decay, run.engine.copy(source)
-        source = run.engine.module(source)
         self._parameters: tuple[list[torch.Tensor], list[torch.Tensor]] = (list(self.net.parameters()), list(source.parameters()))
         self._buffers = list(zip(self.net.buffers(), source.buffers(), strict=True))
 
@@ -81,7 +79,7 @@ def backward(run: Run, roles: list[Role], loss: torch.Tensor, weight: Any) -> No
     elif run.world > 1:
         loss = loss * (weight * run.world / run.engine.sum(torch.as_tensor(weight, dtype=torch.float32, device=run.device)))
     others = [p for role in run.roles.values() if role not in roles for p in role.parameters] if len(run.roles) > len(roles) else []
-    if others and run.world == 1:  # DDP's and FSDP2's hooks need the ordinary backward
+    if others and run.world == 1:  # FSDP2's hooks need the ordinary backward
         if roles[0].reaches is None:
             roles[0].reaches = _reaches(loss, others)
         if roles[0].reaches:
@@ -114,14 +112,13 @@ def _reaches(loss: torch.Tensor, parameters: list[nn.Parameter]) -> bool:
 
 def step(run: Run, role: Role) -> None:
     """Average, normalise, clip, step and clear."""
-    gradients = [p.grad for p in role.parameters if p.grad is not None] if run.world > 1 or run.accumulate > 1 else []
-    if run.world > 1 and engines.is_bare(role.net):
-        run.engine.average(gradients)
+    if run.world > 1:
+        run.engine.average(role.net, role.parameters)
     if run.accumulate > 1:
         weight = role.weight
         if run.world > 1:
             weight = run.engine.sum(torch.as_tensor(weight, dtype=torch.float32, device=run.device)) / run.world
-        torch._foreach_div_(gradients, weight)
+        torch._foreach_div_([p.grad for p in role.parameters if p.grad is not None], weight)
         role.weight = 0.0
     if isinstance(role.config, Optimizer) and role.config.clip:
         norm = run.engine.clip(role.parameters, role.config.clip)

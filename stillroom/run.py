@@ -129,16 +129,20 @@ class Run:
         if shared is None:
             return Run(self.folder / name, self.seed, parent=self, **settings)
         placed = (str(self.device.type), self.engine.precision, self.world, self.accumulate)
-        stage = Run(self.store.entry(name, self.seed, placed, shared), self.seed, parent=self, wait=True, **settings)
+        stage = Run(self.store.entry(name, self.seed, placed, self._whole(shared)), self.seed, parent=self, wait=True, **settings)
         stage.path, stage._stream = f"{self.path}/{name}", name  # its random draws must not depend on which run came first
         stage._seed(stage._number("start"))
         return stage
 
     def cached(self, name: str, build: Callable[..., Mapping[str, torch.Tensor]], *inputs: Any) -> dict[str, torch.Tensor]:
-        """`build(*inputs)` from the store (see `Store.cached`), on this run's device."""
+        """`build(*inputs)` from the store (see `Store.cached`), on this run's device. It works on whole networks, by itself."""
+        inputs = self._whole(inputs)
         with self.engine.main_first():
             tensors = self.store.cached(name, build, *inputs)
         return {k: v.to(self.device) for k, v in tensors.items()}
+
+    def _whole(self, inputs: tuple) -> tuple:
+        return tuple(self.unwrap(value) if isinstance(value, nn.Module) else value for value in inputs)
 
     # -- roles -------------------------------------------------------------------------------------------------------------------
     def trainable(self, name: str, net: Any, optimizer: BuildOptimizer) -> tuple[Any, torch.optim.Optimizer]:
@@ -285,13 +289,12 @@ class Run:
         self.finite.parameters()
         state = {
             "step": step,
-            "log_size": 0,
+            "log_size": 0 if self.rank else self._log.flush(),
             "seconds": self._clock.seconds(),
             "roles": {role.name: self.engine.state(role.net, role.optimizer) for role in self.roles.values()},
             "tracked": {k: self._state_of(v) for k, v in self._tracked.items()},
         }
         if not self.rank:
-            state["log_size"] = self._log.flush()
             try:
                 write_atomic(self.folder / f"{name}.pt", lambda file: torch.save(state, file))
             except (OSError, RuntimeError) as error:
@@ -363,22 +366,20 @@ class Run:
 
     def image(self, name: str, images: torch.Tensor, columns: int = 8) -> None:
         """A grid of images (N, C, H, W) in [0, 1] as samples/NAME.png."""
-        if self.plots and not self.rank:
-            self._sample(f"{name}.png", report.png(images, columns))
+        self._sample(f"{name}.png", lambda: report.png(images, columns))
 
     def figure(self, name: str, draw: Callable[[Any], None]) -> None:
         """`draw(axes)` on matplotlib axes, kept as samples/NAME.svg in colours that follow the page's light or dark theme."""
-        if self.plots and not self.rank:
-            self._sample(f"{name}.svg", report.svg(draw))
+        self._sample(f"{name}.svg", lambda: report.svg(draw))
 
     def html(self, name: str, fragment: str) -> None:
         """A self-contained HTML fragment (it may hold SVG, style and script) across the report's whole width, as samples/NAME.html."""
-        if self.plots and not self.rank:
-            self._sample(f"{name}.html", fragment)
+        self._sample(f"{name}.html", lambda: fragment)
 
-    def _sample(self, name: str, content: Any) -> None:
-        (self.folder / "samples").mkdir(exist_ok=True)
-        write_atomic(self.folder / "samples" / name, content)
+    def _sample(self, name: str, content: Callable[[], Any]) -> None:
+        if self.plots and not self.rank:
+            (self.folder / "samples").mkdir(exist_ok=True)
+            write_atomic(self.folder / "samples" / name, content())
 
     def save_student(self, net: N, save: Callable[[N, Path], None]) -> None:
         """`save(net, folder)` fills student/ with the plain network, at once or not at all (`hub.save_classifier`, or a function that

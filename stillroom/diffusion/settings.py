@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,10 @@ class Setting:
     """The diffusers pipeline behind the teacher, for saving students."""
     embedded: float | None = None
     """The guidance scale that conditions carry, for networks that take it as an input."""
+    _guided: dict[float, nn.Module] = field(default_factory=dict)
 
     def guided(self, weight: float) -> nn.Module:
-        """The teacher under classifier-free guidance; 1 is the plain teacher.
+        """The teacher under classifier-free guidance, the same network for the same weight; 1 is the plain teacher.
 
         A network that takes the scale as an input gets it from the conditions, so it is the teacher as it is. UserError where there is
         nothing to guide by, or for another scale than that of the conditions.
@@ -75,7 +76,7 @@ class Setting:
             return self.teacher
         if self.null is None:
             raise UserError(f"--guidance {weight:g}: the teacher {self.name} takes no conditions, so there is nothing to guide; use 1.")
-        return Guided(self.teacher, weight, self.null)
+        return self._guided.setdefault(weight, Guided(self.teacher, weight, self.null))
 
     def noise(self, n: int, device: torch.device | None = None) -> Tensor:
         return torch.randn(n, *self.shape, device=device)

@@ -26,7 +26,11 @@ def states(net: nn.Module, rows: Rows) -> Tensor:
 
 
 def head(net: Any) -> Tensor:
-    """Weight (V, d) of the output layer."""
+    """Weight (V, d) of the output layer. UserError for the gathered copy of a sharded network, whose own weight would not learn."""
+    if getattr(net, "gathered", False):
+        raise UserError(
+            "language recipes use the output layer outside of the network's forward pass, which FSDP2 cannot: use --engine ddp."
+        )
     return net.get_output_embeddings().weight
 
 

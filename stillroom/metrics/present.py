@@ -21,9 +21,7 @@ def classifier(run: Run, name: str, net: nn.Module, test: Split) -> dict[str, fl
     net = run.unwrap(net)
     logits, labels = evaluate(net, test)
     metrics = ClassificationMetrics.of(logits, labels).dict()
-    if run.rank:
-        return metrics
-    costs = cost(net, test.take(torch.arange(min(64, len(test)))).images) if run.plots else {}
+    costs = cost(net, test.take(torch.arange(min(64, len(test)))).images) if run.plots and not run.rank else {}
     shown = {k: metrics[k] for k in ("accuracy", "ece", "nll")}
     run.row(name, **shown, **{k: costs[k] for k in ("parameters", "bytes", "latency_ms") if k in costs})
     if name == "student" and run.plots:

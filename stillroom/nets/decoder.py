@@ -8,8 +8,7 @@ the pre-normed input that also feeds queries, keys and values, and Y one of five
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,21 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from stillroom.errors import UserError
 
 Position = Literal["output", "value", "key", "query", "projected"]
+
+
+class States(NamedTuple):
+    """Normed states (B, n, width), and keys and values if asked for. A tuple, so that FSDP2 finds the tensors in it."""
+
+    last_hidden_state: Tensor
+    past_key_values: Any
+
+
+class Said(NamedTuple):
+    """Logits (B, n, V), the normed states in a tuple of one, and keys and values if asked for."""
+
+    logits: Tensor
+    hidden_states: tuple[Tensor]
+    past_key_values: Any
 
 
 @dataclass(frozen=True)
@@ -183,7 +197,7 @@ class Backbone(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: KeyValues | None = None, use_cache: bool = False,
-    ) -> SimpleNamespace:  # fmt: skip
+    ) -> States:  # fmt: skip
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         cache = past_key_values if past_key_values is not None else KeyValues() if use_cache else None
         rows = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
@@ -198,7 +212,7 @@ class Backbone(nn.Module):
         turn = rotary(positions, self.blocks[0].attention.channels, self.rope_base)  # type: ignore[union-attr, arg-type]
         for index, block in enumerate(self.blocks):
             x = block(x, turn, mask, cache, index)
-        return SimpleNamespace(last_hidden_state=self.norm(x), past_key_values=cache)
+        return States(self.norm(x), cache)
 
 
 class Decoder(nn.Module):
@@ -229,13 +243,13 @@ class Decoder(nn.Module):
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
-    def forward(self, input_ids: Tensor, *, logits_to_keep: int = 0, **context: Any) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, *, logits_to_keep: int = 0, **context: Any) -> Said:
         """Logits (B, n, V), or of the last `logits_to_keep` positions, the normed states as `hidden_states[-1]` and, with use_cache,
         `past_key_values`; the context is that of `Backbone.forward`."""
         context.pop("output_hidden_states", None)
         out = self.base_model(input_ids, **context)
         logits = self.head(out.last_hidden_state[:, -logits_to_keep:])
-        return SimpleNamespace(logits=logits, hidden_states=(out.last_hidden_state,), past_key_values=out.past_key_values)
+        return Said(logits, (out.last_hidden_state,), out.past_key_values)
 
 
 def gated_hidden(width: int, hidden: int, heads: int, granularity: Literal["elementwise", "headwise"] = "elementwise") -> int:

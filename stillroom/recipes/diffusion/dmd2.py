@@ -125,7 +125,7 @@ def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, 
     learners: tuple = (fake_adam,)
     middle: Any = None
     if cfg.gan_weight and setting.truth is not None:
-        middle = run.unwrap(fake).net.middle
+        middle = fake.net.middle
         head, head_adam = run.trainable("head", Head(start.net.features), cfg.fake)  # type: ignore[arg-type]
         learners += (head_adam,)
 
