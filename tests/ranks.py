@@ -30,6 +30,18 @@ def one_role(run: Run, steps: int, until: int | None = None):
     return run.roles["student"].net, ema.net
 
 
+class Routed(torch.nn.Module):
+    """The first half of 64 rows goes through one layer, the second through another, and none through the third."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(mlp(8, 4) for _ in range(3))
+
+    def forward(self, rows: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        parts = [layer(part) for layer, part in zip(self.layers, (rows[first], rows[~first])) if len(part)]
+        return torch.cat(parts)
+
+
 def run_shape(shape: str, engine: str, folder: Path) -> Local:
     accumulate = 2 if shape.endswith("accumulated") else 1
     run = Run(folder / shape, 3, engine=make(engine, "cpu"), store=Store(folder / "store"), accumulate=accumulate)  # type: ignore[arg-type]
@@ -41,6 +53,12 @@ def run_shape(shape: str, engine: str, folder: Path) -> Local:
         nets = list(one_role(run, 48))
     elif shape.startswith("one_role"):
         nets = list(one_role(run, 12))
+    elif shape == "routed":
+        net, optimizer = run.trainable("student", Routed(), ADAM)
+        for _ in run.steps(12):
+            x, y, first = run.shard((rows(1, 64, 8), rows(2, 64, 4), torch.arange(64) < 32))
+            run.update(optimizer, ((net(x, first) - y) ** 2).mean(1))
+        nets = [net]
     elif shape == "bare":
         weight, optimizer = run.trainable("images", torch.nn.Parameter(rows(1, 8)), ADAM)
         for _ in run.steps(12):

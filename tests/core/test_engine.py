@@ -12,19 +12,16 @@ import torch
 
 from stillroom.engine import make
 from stillroom.errors import UserError
+from tests.launch import ROOT, launched
 from tests.ranks import main as in_process
 
-RANKS = Path(__file__).parents[1] / "ranks.py"
+RANKS = ROOT / "tests" / "ranks.py"
 
 
-SHAPES = {"ddp": ("one_role", "three_roles", "one_role_accumulated", "bare", "moved"), "fsdp2": ("one_role", "three_roles", "moved")}
-
-
-def launched(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    """A program in two processes; the launcher finds its port by itself: one that is looked for here may be taken before it starts."""
-    launcher = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]]
-    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(RANKS.parents[1]), **environment}
-    return subprocess.run([*launcher, *words], env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+SHAPES = {
+    "ddp": ("one_role", "three_roles", "one_role_accumulated", "bare", "moved", "routed"),
+    "fsdp2": ("one_role", "three_roles", "moved"),
+}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -118,9 +115,7 @@ def test_a_program_of_several_processes_ends_without_taking_the_interpreter_down
         """
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     environment = {**os.environ, **rank, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, cwd=RANKS.parents[1]
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout.split("\n")) == (0, ["printed", "exit function", ""]), done.stderr[-2000:]
 
 
