@@ -143,12 +143,12 @@ class _Distributed(Local):
             parts += [b if self.rank == 0 else torch.zeros_like(b) for b in theirs]
             flat = torch.cat([has, *(t.detach().reshape(-1) for t in parts)])
             torch.distributed.all_reduce(flat)
-            means = flat[len(has) :].split([t.numel() for t in parts])
+            sums = flat[len(has) :].split([t.numel() for t in parts])
             for i, p in enumerate(mine):
                 if p.grad is not None or flat[i] > 0:
-                    p.grad = (means[i] / self.world).view_as(p)
+                    p.grad = sums[i].div_(self.world).view_as(p)
             with torch.no_grad():
-                for b, value in zip(theirs, means[len(mine) :]):
+                for b, value in zip(theirs, sums[len(mine) :]):
                     b.copy_(value.view_as(b))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -191,7 +191,7 @@ class Ddp(_Distributed):
 
     def trainable(self, net: Any, build: BuildOptimizer) -> tuple[Any, torch.optim.Optimizer]:
         net, optimizer = super().trainable(net, build)
-        for tensor in [*parameters(net), *([] if is_bare(net) else net.buffers())]:
+        for tensor in filter(torch.is_floating_point, [*parameters(net), *([] if is_bare(net) else net.buffers())]):
             torch.distributed.broadcast(tensor.detach(), 0)
         return net, optimizer
 
