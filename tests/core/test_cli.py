@@ -217,7 +217,10 @@ def test_ctrl_c_during_verify_stops_without_a_traceback_and_continues(work: Path
         assert time.monotonic() < end
         time.sleep(0.01)
     time.sleep(0.3)
-    os.kill(stopped.process.pid, signal.SIGINT)
+    for _ in range(4):  # on a busy machine the first may fall into an import that swallows it
+        if stopped.process.is_alive():
+            os.kill(stopped.process.pid, signal.SIGINT)
+            stopped.process.join(20)
     assert stopped.code() == 1, stopped.err
     assert "stillroom: stopped" in stopped.err
     assert "Traceback" not in stopped.err
