@@ -59,8 +59,8 @@ def train(task: Task, mode: str) -> float:
         return run.loop + (run.table if mode == "cached, first time" else 0.0)
 
 
-def _online(answers, run, teacher, images, temperature, *, augmented):
-    return answers(run, teacher, images, temperature, augmented=True)
+def _online(answers, *given, augmented):
+    return answers(*given, augmented=True)
 
 
 if __name__ == "__main__":

@@ -27,19 +27,19 @@ def logits(run: Run, teacher: nn.Module, images: Split, *, augmented: bool) -> S
     return lambda index, image: table[index]
 
 
-def answers(run: Run, teacher: nn.Module, images: Split, temperature: float, *, augmented: bool) -> Answers:
+def answers(run: Run, teacher: nn.Module, images: Split, temperature: float, weights: Tensor, *, augmented: bool) -> Answers:
     """`answers(index, image, label, every)` gives the two distributions that a student learns (2, B, C), without gradient: the labels,
-    one-hot, and softmax(teacher logits / temperature), looked up or asked for as in `logits`.
+    one-hot, and softmax(teacher logits / temperature), looked up or asked for as in `logits`, each times its weight of `weights` (2,).
 
     every: the labels of the whole batch, which the images may be one process's share of. Where only n of its N images have one (-1 is
-    none), rows of labels are N / n or zero, so that the mean of their cross-entropy over the batch is the mean over the labelled images;
-    where none has one, all are zero.
+    none), rows of labels are N / n times their weight, or zero, so that the mean of their cross-entropy over the batch is the mean over
+    the labelled images; where none has one, all are zero.
     """
     partly = bool((images.labels < 0).any())
 
     def both(label: Tensor, logits: Tensor) -> Tensor:
         one_hot = label.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
-        return torch.stack([one_hot.float(), (logits.float() / temperature).softmax(-1)])
+        return torch.stack([one_hot.float(), (logits.float() / temperature).softmax(-1)]) * weights.view(2, 1, 1)
 
     table = None if augmented else both(images.labels.to(run.device), _kept(run, teacher, images))
 

@@ -110,12 +110,12 @@ def test_the_answers_of_a_batch(augmented: bool, run: Run) -> None:
     assert data.transfer is not None
     images = join(data.train, data.transfer)
     teacher = run.frozen(hub.load_classifier("small:convnet-w8", data=data, fresh=True))
-    answers = signals.answers(run, teacher, images, 3.0, augmented=augmented)
+    answers = signals.answers(run, teacher, images, 3.0, torch.tensor([1.0, 0.5]), augmented=augmented)
     index, image, label = images.take(torch.tensor([50, 3, 99, 11]))
     one_hot, soft = answers(index, image, label, label)
     assert not one_hot.requires_grad
     assert not soft.requires_grad
-    torch.testing.assert_close(soft, (teacher(image) / 3).softmax(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(soft, 0.5 * (teacher(image) / 3).softmax(1), atol=1e-5, rtol=1e-5)
     assert not one_hot[[0, 2]].any()
     torch.testing.assert_close(one_hot[[1, 3]], 2 * nn.functional.one_hot(label[[1, 3]], 10).float())  # 4 images, 2 labels
     again, _ = answers(index, image, label, label)

@@ -96,7 +96,6 @@ def main(
     data = data.to(run.device) if data else cfg.load(run, labelled=cfg.labelled)
     augment = augmenter(cfg.augment, data.size)
     images: Split = data.train
-    answers: signals.Answers | None = None
     if cfg.kd_weight:
         teacher = run.frozen(teacher if teacher is not None else trained.classifier(
             run, "teacher", cfg.teacher, data, steps=cfg.teacher_steps, optimizer=cfg.teacher_optimizer, batch_size=cfg.batch_size,
@@ -105,13 +104,15 @@ def main(
         present.classifier(run, "teacher", teacher, data.test)
         if cfg.pool == "all" and data.transfer is not None:
             images = join(data.train, data.transfer)
-        answers = signals.answers(run, teacher, images, cfg.temperature, augmented=cfg.augment != "none")
 
     student, optimizer = run.trainable("student", student or hub.load_classifier(cfg.student, data=data, fresh=True), cfg.optimizer)
     batches = Batches(images, cfg.batch_size, run.seed)
-    temperatures = torch.tensor([1.0, cfg.temperature], device=run.device).view(2, 1, 1)
-    weights = torch.tensor([cfg.ce_weight, cfg.kd_weight * cfg.temperature**2], device=run.device)
-    weights /= -(batches.size // (run.world * run.accumulate))
+    answers: signals.Answers | None = None
+    if teacher is not None and cfg.kd_weight:
+        weights = torch.tensor([cfg.ce_weight, cfg.kd_weight * cfg.temperature**2], device=run.device)
+        weights /= -(batches.size // (run.world * run.accumulate))
+        answers = signals.answers(run, teacher, images, cfg.temperature, weights, augmented=cfg.augment != "none")
+        temperatures = torch.tensor([1.0, cfg.temperature], device=run.device).view(2, 1, 1)
     for step in run.steps(cfg.steps):
         batch = batches(step)
         index, image, label = run.shard(batch)
@@ -121,12 +122,11 @@ def main(
             run.update(optimizer, ce=cfg.ce_weight * F.cross_entropy(logits, label))
             continue
         # Both terms under one softmax: beside a small network, a second one and its sum would cost a twentieth of the step.
-        log_q = (logits / temperatures).log_softmax(-1)
-        sums = (answers(index, image, label, batch.labels) * log_q).sum((1, 2))
+        terms = answers(index, image, label, batch.labels) * (logits / temperatures).log_softmax(-1)
         if run.log_now:
-            ce, kd = weights * sums
+            ce, kd = terms.sum((1, 2))
             run.log(**{"student/ce": ce, "student/kd": kd})
-        run.update(optimizer, torch.dot(weights, sums))
+        run.update(optimizer, terms.sum())
 
     metrics = present.classifier(run, "student", student, data.test)
     run.save_student(student, hub.save_classifier)
