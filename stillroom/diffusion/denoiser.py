@@ -149,7 +149,7 @@ class Guided(nn.Module):
 
     @property
     def process(self) -> Process:
-        return self.denoiser.process  # type: ignore[return-value]
+        return self.denoiser.process  # type: ignore[return-value]  # torch types every attribute of a submodule as Tensor or Module
 
     def _both(self, ask: Any, x: Tensor, t: Time, cond: Any, **rest: Any) -> Any:
         twice = torch.cat([as_time(t, x).expand(len(x))] * 2)
@@ -178,7 +178,7 @@ class Routed(nn.Module):
 
     @property
     def process(self) -> Process:
-        return self.experts[0].process  # type: ignore[return-value]
+        return self.experts[0].process  # type: ignore[return-value]  # torch types every attribute of a submodule as Tensor or Module
 
     def expert(self, t: Time, process: Process | None = None) -> nn.Module:
         """The expert whose stretch holds t: strictly noisier than its end, or the last one."""

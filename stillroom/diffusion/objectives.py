@@ -81,6 +81,7 @@ def scm_tangent(
     cos, sin = along(t.cos(), x), along(t.sin(), x)
     with torch.no_grad():
         speed = (t.cos() * t.sin()).to(x.dtype)
+        # torch leaves jvp's result untyped: a pair without `has_aux`.
         frozen, change = torch.func.jvp(net, (x / sigma_data, t.to(x.dtype)), (along(speed, x) * velocity / sigma_data, speed))  # type: ignore[misc]
         g = -(cos**2) * (sigma_data * frozen - velocity) - ramp * (cos * sin * x + sigma_data * change)
         if settle is not None:

@@ -143,6 +143,7 @@ class Pipeline:
 
         student = copy.deepcopy(self.denoiser).requires_grad_(False)
         adapter = LoraConfig(r=rank, lora_alpha=alpha, target_modules=ATTENTION, init_lora_weights="gaussian")
+        # diffusers' model behind two wrappers, whose attributes torch types as Tensor or Module.
         student.net.net.add_adapter(adapter)  # type: ignore[union-attr, operator]
         return student
 

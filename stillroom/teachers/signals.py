@@ -58,7 +58,7 @@ def _answer(teacher: nn.Module, image: Tensor) -> Tensor:
 
 
 def _kept(run: Run, teacher: nn.Module, images: Split) -> Tensor:
-    return run.cached("teacher-logits", _table, run.unwrap(teacher), images)["logits"]
+    return run.cached("teacher-logits", _table, teacher, images)["logits"]
 
 
 def _table(teacher: nn.Module, images: Split) -> dict[str, Tensor]:
