@@ -7,7 +7,7 @@ images without labels (the transfer set), and that is where distillation pays wh
 see the same labels; the baseline cannot use the unlabelled images, and takes as many steps on batches of the same size.
 
 Minimised, as the paper words it, are two cross-entropies, with the labels at temperature 1 and with the teacher at T; the second
-exceeds the divergence, which is logged, by the entropy of the teacher's answer, which has no gradient.
+exceeds the divergence by the entropy of the teacher's answer, which has no gradient.
 
 Exact: both terms, their weights and the T^2 (section 2). Teacher outputs are computed once and kept when the images are not
 augmented; with augmentation the teacher sees the same view as the student. Shrunk: networks and data.
@@ -122,12 +122,10 @@ def main(
             run.update(optimizer, ce=cfg.ce_weight * F.cross_entropy(logits, label))
             continue
         # Both terms under one softmax: beside a small network, a second one and its sum would cost a twentieth of the step.
-        found = answers(index, image, label, batch.labels)
-        terms = found * (logits / temperatures).log_softmax(-1)
+        terms = answers(index, image, label, batch.labels) * (logits / temperatures).log_softmax(-1)
         if run.log_now:
             ce, kd = terms.sum((1, 2))
-            entropy = torch.xlogy(found[1], found[1] / weights[1]).sum()
-            run.log(**{"student/ce": ce, "student/kd": kd - entropy})
+            run.log(**{"student/ce": ce, "student/kd": kd})
         run.update(optimizer, terms.sum())
 
     metrics = present.classifier(run, "student", student, data.test)
