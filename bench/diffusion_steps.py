@@ -20,11 +20,11 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from stillroom.core.run import Run
+from stillroom.core.store import Store
 from stillroom.diffusion import settings
 from stillroom.diffusion.settings import Setting
 from stillroom.recipes.diffusion import consistency, dmd2
-from stillroom.run import Run
-from stillroom.store import Store
 
 BATCH = 64
 

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from stillroom.core.engine import make
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
+from stillroom.core.store import Store
 from stillroom.data.batches import Batches
 from stillroom.data.images import MemorySplit
-from stillroom.engine import make
 from stillroom.losses.divergences import cross_entropy
 from stillroom.nets.build import build
-from stillroom.optim import Optimizer
-from stillroom.run import Run
-from stillroom.store import Store
 
 SIZES = {"about 2 ms": ("mlp-512x512", 64, 1000), "about 20 ms": ("mlp-1408x1408", 128, 200)}
 """Network, batch and steps: an optimizer-heavy small network is the hardest case for a core that works per step."""

@@ -5,59 +5,20 @@ Exit codes: 0 done, 1 failed, 2 usage.
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
-from stillroom import catalogue, claims
-from stillroom.config import Count, Natural, NonNegative, Seed
-from stillroom.errors import UserError
+from stillroom.catalogue import cards, claims
+from stillroom.catalogue import ledger as ledgers
+from stillroom.core.config import Count, Natural
+from stillroom.core.errors import UserError
 
 app = tyro.extras.SubcommandApp()
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """What every run takes, whatever the recipe."""
-
-    out: Path | None = None
-    """Run folder; continued if it holds the same run. Default: runs/NAME, with a suffix when flags differ from the defaults."""
-    seed: Seed = 0
-    """Seed of every random draw."""
-    arm: str | None = None
-    """Which of the recipe's arms to run; default: its method."""
-    full: bool = False
-    """Start from the paper's hyper-parameters instead of the laptop's."""
-    baseline: bool = True
-    """Also run the arm without the method, for the final table."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps; default: an accelerator if there is one."""
-    engine: Literal["auto", "local", "ddp", "fsdp2"] = "auto"
-    """Processes; auto is ddp under a launcher such as torchrun."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the networks' forward passes."""
-    accumulate: Count = 1
-    """Chunks that each step's batch is split into, to save memory; the result is that of the whole batch."""
-    threads: Count = 1
-    """CPU threads. More than one slows small networks down; raise it for large ones."""
-    deterministic: bool = False
-    """Deterministic kernels on accelerators too (on CPU they are)."""
-    save_seconds: NonNegative = 30.0
-    """Time between checkpoints."""
-    cache: Path | None = None
-    """Folder of the store shared by runs; default: $STILLROOM_CACHE, else the platform's cache folder."""
-    tensorboard: bool = False
-    """Also write TensorBoard event files into the run folder."""
-    overwrite: bool = False
-    """Delete what the run folder holds and start again."""
-    quiet: bool = False
-    """No progress bar."""
 
 
 @app.command(name="list")
@@ -71,16 +32,16 @@ def list_(family: Positional[str | None] = None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    cards = [card for card in catalogue.cards().values() if family in (None, card.family)]
-    if not cards:
+    chosen = [card for card in cards.cards().values() if family in (None, card.family)]
+    if not chosen:
         raise UserError(
-            f"no family is called {family!r}; there are {', '.join(sorted({c.family for c in catalogue.cards().values()}))}.", code=2
+            f"no family is called {family!r}; there are {', '.join(sorted({c.family for c in cards.cards().values()}))}.", code=2
         )
-    ledger = claims.read_ledger()
+    ledger = ledgers.read_ledger()
     table = Table("recipe", "what it does", "claims", box=None, header_style="bold", pad_edge=False)
-    for group in sorted({card.family for card in cards}):
+    for group in sorted({card.family for card in chosen}):
         table.add_row(f"[bold]{group}[/]")
-        for card in (c for c in cards if c.family == group):
+        for card in (c for c in chosen if c.family == group):
             marks = {"holds": "[green]holds[/]", "fails": "[red]fails[/]", "undecided": "[yellow]undecided[/]"}
             verdicts = [c["verdict"] for c in ledger.get(card.name, {}).get("claims", [])]
             counts = ", ".join(f"{verdicts.count(v)} {marks[v]}" for v in marks if v in verdicts)
@@ -101,11 +62,11 @@ def show(name: Positional[str]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from stillroom.config import flatten
-    from stillroom.report import paragraphs
+    from stillroom.catalogue.report import paragraphs
+    from stillroom.core.config import flatten
 
-    card, recipe = catalogue.find(name), catalogue.load(name)
-    entry = claims.read_ledger().get(name, {})
+    card, recipe = cards.find(name), cards.load(name)
+    entry = ledgers.read_ledger().get(name, {})
     console = Console(highlight=False)
     console.print(f"[bold]{name}[/]  ({card.family}{', baseline' if card.baseline else ''})\n")
     for kind, block in paragraphs((recipe.__doc__ or "").strip()):
@@ -133,93 +94,6 @@ def run_(name: Positional[str]) -> None:
     Args:
         name: a recipe of `stillroom list`.
     """
-
-
-def run_recipe(name: str, args: list[str]) -> None:
-    """`stillroom run NAME …`: the recipe's config fields and RunOptions are its flags."""
-    recipe = catalogue.load(name)
-    preset = recipe.full() if "--full" in args else recipe.Config()
-    flat = tyro.conf.arg(name="")  # no prefix for these two levels; nested ones keep theirs (--optimizer.lr)
-    fields: list[Any] = [("options", Annotated[RunOptions, flat]), ("config", Annotated[recipe.Config, flat])]  # type: ignore  # a class known at run time
-    kind: Any = dataclasses.make_dataclass("Flags", fields, namespace={"__doc__": recipe.__doc__})
-    flags = tyro.cli(kind, args=args, default=kind(RunOptions(), preset), prog=f"stillroom run {name}")
-    from stillroom.config import check
-
-    check(flags.options)
-    check(flags.config)
-    _refuse_contradiction(recipe, flags.options.arm or _method(recipe)[0], flags.config, preset)
-    execute_run(name, recipe, flags.options, flags.config)
-
-
-def _method(recipe: Any) -> tuple[str, str | float | None]:
-    """The arm that the recipe is about, and what it is held against."""
-    return (recipe.CLAIMS[0].arm, recipe.CLAIMS[0].versus) if recipe.CLAIMS else (next(iter(recipe.ARMS)), None)
-
-
-def _refuse_contradiction(recipe: Any, arm: str, config: Any, preset: Any) -> None:
-    """UserError for a flag whose value the arm would silently replace."""
-    from stillroom.config import flatten
-
-    given, usual, used = (flatten(c) for c in (config, preset, catalogue.config_of(recipe, arm, config)))
-    for key, value in given.items():
-        if used[key] != value != usual[key]:
-            flag = f"--{key.replace('_', '-')} {value}"
-            raise UserError(f"{flag} contradicts the arm {arm!r}, which sets {used[key]}: leave it out, or choose another --arm.", code=2)
-
-
-def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> None:
-    import torch
-
-    from stillroom import engine, report
-    from stillroom.run import Run
-    from stillroom.store import Store, fingerprint
-
-    torch.set_num_threads(options.threads)
-    if options.deterministic:
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    method, versus = _method(recipe)
-    method = options.arm or method
-    plain = options.arm is None and (config, options.seed) == (recipe.Config(), 0)
-    suffix = "" if plain else f"-{fingerprint(config, options.seed, method)[:6]}"
-    folder = options.out or Path("runs") / (name + suffix)
-    placed = engine.make(options.engine, options.device, options.precision)
-    if options.overwrite and folder.exists() and not placed.rank:
-        _delete_run(folder)
-    placed.barrier()
-    began = catalogue.read_config(folder) is not None or (folder.is_dir() and any(folder.iterdir()))
-    settings: dict[str, Any] = {"engine": placed, "store": Store(options.cache), "accumulate": options.accumulate}
-    settings |= {"save_seconds": options.save_seconds, "progress": not options.quiet, "tensorboard": options.tensorboard}
-    try:
-        with Run(folder, options.seed, **settings) as run:
-            catalogue.execute(name, catalogue.config_of(recipe, method, config), run, arm=method)
-            if options.baseline and isinstance(versus, str) and versus != method:
-                with Run(folder / "baseline", options.seed, **settings) as other:
-                    catalogue.execute(name, catalogue.config_of(recipe, versus, config), other, arm=versus)
-            if not run.rank:
-                page = report.write(folder)
-                report.print_table(report.table(folder))
-                print(f"report: {page}")
-        placed.end()
-    except (UserError, OSError):
-        if not began and not any(folder.rglob("*.pt")):  # nothing to continue from: the corrected command may use the folder
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except KeyboardInterrupt:
-        raise UserError(f"stopped; the last checkpoints are in {folder}. Give the same command to continue.") from None
-
-
-def _delete_run(folder: Path) -> None:
-    """Only what is recognisably a run, and not in use, is deleted."""
-    from filelock import FileLock, Timeout
-
-    if catalogue.read_config(folder) is None and any(path.name != ".lock" for path in folder.iterdir()):
-        raise UserError(f"--overwrite: {folder} does not look like a run folder (it has no config.json), so it is left alone.", code=2)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            shutil.rmtree(folder)
-    except Timeout:
-        raise UserError(f"{folder} is in use by another live process.") from None
 
 
 @app.command
@@ -267,8 +141,8 @@ def verify(
     for flag, value, least in (("seeds", seeds, 1), ("jobs", jobs, 1), ("first-seed", first_seed, 0)):
         if value < least:
             raise UserError(f"--{flag} {value} is out of range: it must be at least {least}.", code=2)
-    for each in catalogue.cards() if name is None else [name]:
-        arms = len(catalogue.load(each).ARMS)
+    for each in cards.cards() if name is None else [name]:
+        arms = len(cards.load(each).ARMS)
         with tqdm(total=arms * seeds, desc=each, leave=False, disable=None) as bar:
 
             def progress(line: str, bar: Any = bar) -> None:
@@ -276,7 +150,7 @@ def verify(
                 bar.set_postfix_str(line)
 
             entry = claims.verify(each, seeds, jobs, folder=out, cache=cache, backend=backend, progress=progress, first_seed=first_seed)
-        file = claims.write_ledger(entry, ledger)
+        file = ledgers.write_ledger(entry, ledger)
         table = Table(
             "claim",
             "metric",
@@ -289,8 +163,8 @@ def verify(
             title_justify="left",
         )
         for c in entry["claims"]:
-            versus, number = str(c["versus"]), claims.number(c["margin"])
-            table.add_row(*map(escape, (c["text"], c["metric"], c["arm"], versus, claims.interval(c), number, c["verdict"])))
+            versus, number = str(c["versus"]), ledgers.number(c["margin"])
+            table.add_row(*map(escape, (c["text"], c["metric"], c["arm"], versus, ledgers.interval(c), number, c["verdict"])))
         Console().print(table)
         print(f"written: {file}")
 
@@ -303,10 +177,10 @@ def ledger(folder: Path | None = None, out: Path = Path("docs/ledger.md")) -> No
         folder: of the entries; default: this checkout's ledger, else ./ledger.
         out: the page.
     """
-    from stillroom.store import write_atomic
+    from stillroom.core.store import write_atomic
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, claims.as_markdown(claims.read_ledger(folder), claims.read_ledger(folder, fresh=True)))
+    write_atomic(out, ledgers.as_markdown(ledgers.read_ledger(folder), ledgers.read_ledger(folder, fresh=True)))
     print(out)
 
 
@@ -318,7 +192,7 @@ def compare(runs: Positional[tuple[Path, ...]], out: Path = Path("compare.html")
         runs: run folders.
         out: the page.
     """
-    from stillroom import report
+    from stillroom.catalogue import report
 
     print(report.compare(list(runs), out))
 
@@ -332,8 +206,8 @@ def export(run: Positional[Path], to: Literal["safetensors", "onnx", "torch-expo
         to: safetensors and config in the student's own library, ONNX, or torch.export.
         out: the folder to write; default: RUN/exported/FORMAT.
     """
-    from stillroom import report
-    from stillroom.export import export as write
+    from stillroom.catalogue import report
+    from stillroom.catalogue.export import export as write
 
     folder, rows = write(run, to, out)
     report.print_table([{"name": name, **row} for name, row in rows.items()])
@@ -354,14 +228,15 @@ def cache(clear: bool = False, name: str | None = None, folder: Path | None = No
     from rich.console import Console
     from rich.table import Table
 
-    from stillroom.store import Store
+    from stillroom.catalogue import cache as cache_
+    from stillroom.core.store import Store
 
     store = Store(folder)
     if clear:
-        count, size = store.clear(name)
+        count, size = cache_.clear(store, name)
         return print(f"deleted {count} entries, {size / 1e6:.1f} MB")
     table = Table("entry", "MB", "last used", "folder", box=None, header_style="bold", pad_edge=False)
-    entries = [e for e in store.entries() if name in (None, e["name"])]
+    entries = [e for e in cache_.entries(store) if name in (None, e["name"])]
     for e in entries:
         table.add_row(e["name"], f"{e['bytes'] / 1e6:.2f}", time.strftime("%Y-%m-%d %H:%M", time.localtime(e["used"])), e["folder"].name)
     Console().print(table)
@@ -373,11 +248,13 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     try:
         if args[:1] == ["run"] and len(args) > 1 and not args[1].startswith("-"):
-            run_recipe(args[1], args[2:])
-        elif args[:1] == ["search"] and len(args) > 1 and not args[1].startswith("-"):
-            from stillroom.search import command
+            from stillroom.catalogue import command
 
-            command.main(args[1], args[2:])
+            command.run_recipe(args[1], args[2:])
+        elif args[:1] == ["search"] and len(args) > 1 and not args[1].startswith("-"):
+            from stillroom.search import command as searching
+
+            searching.main(args[1], args[2:])
         else:
             app.cli(args=args, prog="stillroom", description="Model distillation: run published systems, and check their claims.")
     except UserError as error:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from stillroom import run as runs
-from stillroom.engine import make
-from stillroom.optim import Optimizer
-from stillroom.run import Run
-from stillroom.store import Store
+from stillroom.core import run as runs
+from stillroom.core.engine import make
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
+from stillroom.core.store import Store
 
 ADAM = Optimizer("adamw", 1e-2, schedule="cosine", warmup=2)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from stillroom.engine import Local, make
-from stillroom.run import Run
-from stillroom.store import Store
+from stillroom.core.engine import Local, make
+from stillroom.core.run import Run
+from stillroom.core.store import Store
 from tests.loops import ADAM, mlp, rows, three_optimizers
 
 OTHER: dict[str, Any] = {"local": "local", "ddp": "fsdp2", "fsdp2": "ddp"}

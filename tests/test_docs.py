@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stillroom import catalogue
-from stillroom.config import override
+from stillroom.catalogue import cards
+from stillroom.core.config import override
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +30,7 @@ def example(monkeypatch) -> types.ModuleType:
 def test_the_worked_example_runs_in_every_arm_and_continues_bitwise(example, tmp_path) -> None:
     import torch
 
-    from stillroom.run import Run
+    from stillroom.core.run import Run
 
     for arm in example.ARMS:
         cfg = override(dataclasses.replace(example.Config(), steps=6), example.ARMS[arm])
@@ -51,6 +51,6 @@ def test_pages_link_to_files_that_exist() -> None:
 
 
 def test_every_recipe_in_the_ledger_is_in_the_catalogue() -> None:
-    from stillroom.claims import read_ledger
+    from stillroom.catalogue.ledger import read_ledger
 
-    assert set(read_ledger(ROOT / "ledger")) <= set(catalogue.cards())
+    assert set(read_ledger(ROOT / "ledger")) <= set(cards.cards())

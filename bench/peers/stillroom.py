@@ -12,12 +12,12 @@ from pathlib import Path
 from unittest import mock
 
 from bench.task import CE_WEIGHT, DECAY, KD_WEIGHT, LR, TEMPERATURE, Task, serve
-from stillroom.engine import make
-from stillroom.optim import Optimizer
+from stillroom.core.engine import make
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
+from stillroom.core.store import Store
 from stillroom.recipes.classification import kd
-from stillroom.run import Run
-from stillroom.store import Store
-from stillroom.teachers import signals
+from stillroom.vision import signals
 
 
 class Timed(Run):

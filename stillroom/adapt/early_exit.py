@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stillroom.adapt.exits import Exits
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 
 Rule = Callable[[int, Tensor, Tensor], Tensor]
 """rule(exit, logits (b, C), rows (b,)) -> which of these rows of the batch leave here, (b,) bool; called exit by exit."""

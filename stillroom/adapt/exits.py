@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.core.errors import UserError
 from stillroom.data.images import Split
-from stillroom.errors import UserError
-from stillroom.run import Run
 
 
 class _Left(Exception):
@@ -153,12 +152,6 @@ class Table:
     def logits(self, heads: nn.Module) -> Tensor:
         """(N, G + 1, C): of every exit, by heads from features [(N, d_l)] to logits [(N, C)], and of the net's own head."""
         return torch.stack([*heads(self.features), self.final], 1)
-
-
-def table(run: Run, exits: Exits, split: Split) -> Table:
-    """The split's table, computed once and kept in the store."""
-    tensors = run.cached("exit-features", features_of, exits.net, tuple(exits.paths), split)
-    return Table([tensors[str(exit)] for exit in range(len(exits.paths))], tensors["final"], split.labels)
 
 
 def features_of(net: nn.Module, paths: tuple[str, ...], split: Split) -> dict[str, Tensor]:

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillroom import hub
-from stillroom.data.images import ImageData
-from stillroom.errors import UserError, needs
+from stillroom.core.errors import needs
 from stillroom.nets.build import build
 from stillroom.nets.vit import MaskedDecoder, ViT
+from stillroom.nets.wrapped import Wrapped
 
 Answer = tuple[Tensor | None, Tensor | None]
 
@@ -78,9 +76,9 @@ class MaskedViT(nn.Module):
 
 
 class MaskedHfViT(nn.Module):
-    """transformers' ViTMAEForPreTraining, given images (B, C, H, W) in [0, 1] as `pixels` (a `hub.Wrapped`) prepares them."""
+    """transformers' ViTMAEForPreTraining, given images (B, C, H, W) in [0, 1] as `pixels` (a `Wrapped`) prepares them."""
 
-    def __init__(self, pixels: hub.Wrapped, ratio: float):
+    def __init__(self, pixels: Wrapped, ratio: float):
         super().__init__()
         self.pixels, self.ratio = pixels, ratio
 
@@ -119,7 +117,7 @@ class MaskedHfViT(nn.Module):
         model = transformers.ViTForImageClassification(config)
         model.vit.load_state_dict(self.model.vit.state_dict())
         normalise = self.pixels.normalise
-        wrapped = hub.Wrapped(model, self.pixels.size, *(tuple(x.flatten().tolist()) for x in (normalise.mean, normalise.std)))
+        wrapped = Wrapped(model, self.pixels.size, *(tuple(x.flatten().tolist()) for x in (normalise.mean, normalise.std)))
         return with_dropout(wrapped, dropout)
 
 
@@ -185,44 +183,3 @@ class TextClassifier(nn.Module):
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-def load_masked_images(spec: str, *, data: ImageData, ratio: float) -> MaskedViT | MaskedHfViT:
-    """`small:vit-...` with fresh weights, or the ViT-MAE with its decoder that `hf:ID-or-folder` names. UserError for anything else."""
-    kind, _, name = spec.partition(":")
-    if kind == "small" and name:
-        net = build(name, classes=len(data.classes), channels=data.channels, size=data.size, mean=data.mean, std=data.std)
-        if not isinstance(net, ViT):
-            raise UserError(f"{spec}: masked pre-training needs patches: give small:vit-pP-wW-dD or hf:ID of a ViT-MAE.")
-        return MaskedViT(net, ratio)
-    model = _pretrained(spec, "ViTMAEForPreTraining", "vit_mae")
-    return MaskedHfViT(hub.wrap(model, name, data=data), ratio)
-
-
-def load_masked_text(spec: str, *, ratio: float) -> MaskedText:
-    """The masked language model and tokenizer that `hf:ID-or-folder` names. UserError for anything else."""
-    model, transformers = _pretrained(spec, "AutoModelForMaskedLM"), needs("transformers", "hf")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.partition(":")[2])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{spec}: the tokenizer could not be loaded: {error}") from error
-    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-        raise UserError(f"{spec}: its tokenizer has no mask or padding token, which masked pre-training needs.")
-    return MaskedText(model, tokenizer, ratio)
-
-
-def _pretrained(spec: str, loader: str, model_type: str | None = None) -> Any:
-    kind, _, name = spec.partition(":")
-    if kind != "hf" or not name:
-        raise UserError(f"{spec!r} names no model for masked pre-training: write small:vit-pP-wW-dD or hf:ID-or-folder.")
-    transformers = needs("transformers", "hf")
-    try:
-        found = transformers.AutoConfig.from_pretrained(name).model_type
-        if model_type not in (None, found):
-            raise UserError(f"{spec} is a {found}, and masked pre-training on images needs a {model_type} with its decoder.")
-        model, report = getattr(transformers, loader).from_pretrained(name, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{spec} could not be loaded: {error}") from error
-    if report["missing_keys"]:
-        raise UserError(f"{spec} lacks {', '.join(sorted(report['missing_keys'])[:3])}: it was saved without its pre-training head.")
-    return model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillroom.optim import BuildOptimizer
+from stillroom.core.optim import BuildOptimizer
 
 
 class Pool:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from stillroom.errors import needs
+from stillroom.core.errors import needs
 
 Augmentation = Literal["none", "shift", "crop-flip"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stillroom.core.errors import UserError
 from stillroom.data.images import Batch, LazySplit, Split
-from stillroom.errors import UserError
 
 
 class Batches:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillroom.errors import UserError
-from stillroom.store import fingerprint
+from stillroom.core.errors import UserError
+from stillroom.core.store import fingerprint
 
 GREY = {"1", "L", "LA"}
 COLOUR = {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}

@@ -6,8 +6,8 @@ import math
 
 import torch
 
+from stillroom.core.errors import UserError
 from stillroom.data.images import ImageData, MemorySplit, keep_labels, spoil_labels
-from stillroom.errors import UserError
 
 
 def digits(seed: int = 0, labelled: int = 50, transfer: int = 900, noise: float = 0.0) -> ImageData:

@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from stillroom.errors import UserError
-from stillroom.store import fingerprint
+from stillroom.core.errors import UserError
+from stillroom.core.store import fingerprint
 
 Device = torch.device | str
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillroom.config import Natural
+from stillroom.core.config import Natural
+from stillroom.core.errors import UserError, needs
+from stillroom.core.store import fingerprint
 from stillroom.data.decode import Cells, Decoder, Files, decode_rows, readable_rows, stamp
 from stillroom.data.embedded import digits, shapes, spiral
 from stillroom.data.images import ImageData, LazySplit, MemorySplit, Split, balanced_rows, keep_labels, spoil_labels
-from stillroom.errors import UserError, needs
-from stillroom.store import fingerprint
 
 Cache = Callable[..., dict[str, Tensor]]
 

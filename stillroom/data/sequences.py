@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillroom.core.errors import UserError, needs
+from stillroom.core.store import fingerprint
 from stillroom.data.images import Batch, balanced_rows
 from stillroom.data.load import LABEL_COLUMNS, TEST_NAMES
-from stillroom.errors import UserError, needs
-from stillroom.store import fingerprint
 
 TEXT_COLUMNS = ("text", "sentence", "content")
 LAYOUTS = (

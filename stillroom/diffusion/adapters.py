@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stillroom.core.errors import UserError
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.processes import Time
-from stillroom.errors import UserError
 from stillroom.nets.denoisers import PointNet
 
 Kind = Literal["cross_attention", "offset"]

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from stillroom.core.errors import UserError
 from stillroom.diffusion.processes import TINY, Process, Time, along, as_time, blend
-from stillroom.errors import UserError
 
 PredictionType = Literal["x0", "eps", "v", "velocity", "score", "edm"]
 

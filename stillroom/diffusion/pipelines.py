@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.core.errors import UserError, needs
 from stillroom.diffusion.denoiser import Denoiser, PredictionType
 from stillroom.diffusion.processes import VP, Flow, Process
-from stillroom.errors import UserError, needs
 
 PREDICTIONS: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from stillroom.core.errors import UserError
 from stillroom.diffusion.denoiser import Prediction, take
 from stillroom.diffusion.processes import VP, Process, Time, along, as_time
-from stillroom.errors import UserError
 
 
 class Step(Protocol):

@@ -19,17 +19,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stillroom.config import Natural, NonNegative
+from stillroom.core.config import Natural, NonNegative
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.diffusion.denoiser import Denoiser, Guided, take
 from stillroom.diffusion.exact import Mixture, four_classes, grid, ring
 from stillroom.diffusion.objectives import squared
 from stillroom.diffusion.processes import VP, Flow, Process
 from stillroom.diffusion.sampling import sample
-from stillroom.errors import UserError
 from stillroom.metrics.generation import coverage, energy_distance, frechet, mmd, modes
 from stillroom.nets.denoisers import PointNet, UNet
-from stillroom.optim import Optimizer
-from stillroom.run import Run
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm.sandbox import Outcome, Sandbox
 from stillroom.lm.traces import Trace
 

@@ -28,11 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
+from stillroom.core.store import write_atomic
 from stillroom.lm.signals import Dense, Head, Sampled, Signal, TopK, log_leftover
 from stillroom.lm.tokenizer import fingerprint
 from stillroom.metrics.modes import eval_mode
-from stillroom.store import write_atomic
 
 Kind = Literal["topk", "sampled", "states", "full", "text"]
 Sequences = Sequence[Sequence[int]] | Tensor

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.core.errors import UserError
 from stillroom.data.sequences import Rows
-from stillroom.errors import UserError
 from stillroom.lm.cache import TeacherCache
 from stillroom.lm.chunked import Chunked, chunked_loss, token_log_probs
 from stillroom.lm.signals import Dense, Head, Signal, Temperature

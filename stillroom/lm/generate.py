@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm.traces import Messages, render
 from stillroom.metrics.modes import eval_mode
 

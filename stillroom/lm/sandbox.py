@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 
 IMPORTS = (
     "collections", "datetime", "decimal", "fractions", "functools", "itertools", "json", "math", "random", "re", "statistics",

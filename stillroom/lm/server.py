@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm.traces import Messages
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.losses.tokens import Divergence, divergence, tempered
 
 Temperature = float | Tensor

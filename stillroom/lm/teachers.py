@@ -10,10 +10,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stillroom.errors import UserError, needs
+from stillroom.core.errors import UserError, needs
+from stillroom.core.store import Store, replacing
 from stillroom.lm.tokenizer import Characters
 from stillroom.nets.decoder import Decoder, GateOptions
-from stillroom.store import Store, replacing
 
 KINDS = "hf:ID-or-folder, gguf:FILE.gguf, gguf:PACKAGE or run:FOLDER"
 

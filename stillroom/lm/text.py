@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.core.errors import UserError
 from stillroom.data.sequences import Rows, windows
-from stillroom.errors import UserError
 from stillroom.lm.generate import generate
 from stillroom.lm.tokenizer import encode_with_offsets
 from stillroom.lm.traces import Trace, read, tokenize

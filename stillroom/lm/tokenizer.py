@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 
 END = "<|end|>"
 """Ends a turn, and a generation."""
@@ -92,7 +92,7 @@ def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tupl
 
 
 class Known:
-    """A tokenizer that the store can tell from others (see `stillroom.store.fingerprint`)."""
+    """A tokenizer that the store can tell from others (see `stillroom.core.store.fingerprint`)."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
+from stillroom.core.store import write_atomic
 from stillroom.lm.tokenizer import encode_with_offsets
 from stillroom.losses.tokens import IGNORE
-from stillroom.store import write_atomic
 
 Messages = Sequence[Mapping[str, Any]]
 

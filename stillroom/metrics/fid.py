@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stillroom.errors import UserError, needs
+from stillroom.core.errors import UserError, needs
 from stillroom.metrics.generation import frechet
 
 INCEPTION = "inception-v3-compat"

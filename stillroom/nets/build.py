@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.nets.convnet import average_convnet, convnet
 from stillroom.nets.mlp import mlp
 from stillroom.nets.parts import Classifier

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 
 Position = Literal["output", "value", "key", "query", "projected"]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 
 
 class Embedding(nn.Module):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 
 
 def split_reference(rows: Tensor, heads: int, kv_heads: int, granularity: Literal["elementwise", "headwise"]) -> tuple[Tensor, Tensor]:

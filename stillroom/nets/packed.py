@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 
 FILE = "packed.safetensors"
 

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from stillroom import catalogue, report
-from stillroom import config as configs
-from stillroom.config import Count, Natural, Positive, Seed
-from stillroom.errors import UserError
+from stillroom.catalogue import cards, report
+from stillroom.core import config as configs
+from stillroom.core.config import Count, Natural, Positive, Seed
+from stillroom.core.errors import UserError
+from stillroom.core.store import write_atomic
 from stillroom.search.archive import Archive
 from stillroom.search.configs import Mutate, Propose, Seeds, flags_of, middle, server
 from stillroom.search.loop import Found, search
@@ -22,7 +23,6 @@ from stillroom.search.picture import tree
 from stillroom.search.policies import POLICIES
 from stillroom.search.sandbox import Limits
 from stillroom.search.workers import Report, guarded, processes
-from stillroom.store import write_atomic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Options:
 
 def main(name: str, args: list[str]) -> None:
     """Parse the flags, search, print and write what was found."""
-    recipe = catalogue.load(name)
+    recipe = cards.load(name)
     fields: list[Any] = [("options", Annotated[Options, tyro.conf.arg(name="")]), ("config", recipe.Config)]
     kind: Any = dataclasses.make_dataclass("Flags", fields, namespace={"__doc__": f"Search the flags of {name}.\n\n{Options.__doc__}"})
     flags = tyro.cli(kind, args=args, default=kind(Options(), recipe.Config()), prog=f"stillroom search {name}")
@@ -76,9 +76,9 @@ def main(name: str, args: list[str]) -> None:
 
 def tuned(name: str, options: Options, config: Any) -> Found:
     """Search from `config`; journal.jsonl and report.html in the out folder. UserError when the start config itself cannot run."""
-    recipe = catalogue.load(name)
+    recipe = cards.load(name)
     arm = options.arm or (recipe.CLAIMS[0].arm if recipe.CLAIMS else next(iter(recipe.ARMS)))
-    base = catalogue.config_of(recipe, arm, config)
+    base = cards.config_of(recipe, arm, config)
     flags = tuple(flags_of(base, options.tune))
     metric, better = _goal(recipe, options)
     host = server(options.proposer) if options.proposer != "mutate" else None

@@ -1,6 +1,6 @@
 """Recipe configs as agents: an agent is a dict of changed flags, a modification changes one or two more, a task is a seed.
 
-What may change, and how far, is read from the config's own annotations (`stillroom.config`): the command line, the Python API and this
+What may change, and how far, is read from the config's own annotations (`stillroom.core.config`): the command line, the Python API and this
 search share one declaration.
 """
 
@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 
-from stillroom import config as configs
-from stillroom.errors import UserError
+from stillroom.core import config as configs
+from stillroom.core.errors import UserError
 from stillroom.search.archive import Log
 
 
@@ -155,16 +155,16 @@ class Seeds:
         """The result of one run (see `catalogue.execute`)."""
         import torch
 
-        from stillroom import catalogue
-        from stillroom.run import Run
-        from stillroom.store import Store
+        from stillroom.catalogue.execute import execute
+        from stillroom.core.run import Run
+        from stillroom.core.store import Store
 
         torch.set_num_threads(1)
         with Run(self.place(artefact, seed), seed, store=Store(self.cache), plots=False, wait=True) as run:
-            return catalogue.execute(self.recipe, configs.override(self.base, artefact), run, arm=self.arm)
+            return execute(self.recipe, configs.override(self.base, artefact), run, arm=self.arm)
 
     def place(self, artefact: dict[str, Any], seed: int) -> Path:
-        from stillroom.store import fingerprint
+        from stillroom.core.store import fingerprint
 
         return self.folder / fingerprint(self.recipe, configs.override(self.base, artefact))[:12] / f"seed{seed}"
 

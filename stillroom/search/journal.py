@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 
 _FIRST = b'{"search": '
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.search.archive import Action, Archive, Evaluate, Expand, Log
 from stillroom.search.journal import Journal
 from stillroom.search.policies import Policy, best_belief, hgm

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.search.archive import Action, Archive, Evaluate, Expand
 
 Policy = Callable[[Archive, np.random.Generator], Action | None]

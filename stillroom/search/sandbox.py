@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 
 Sandbox = Callable[[str, str, list], Any]
 """(source, name of the function, its arguments) -> its value. Raises SandboxError for whatever goes wrong inside."""

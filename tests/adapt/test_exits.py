@@ -4,9 +4,9 @@ from torch import nn
 
 from stillroom.adapt.early_exit import EarlyExit, Gates, Heads, Threshold, confidence, exit_probabilities, exits_taken
 from stillroom.adapt.exits import Exits, final_norm, find_exits
-from stillroom.errors import UserError
-from stillroom.hub import Wrapped
+from stillroom.core.errors import UserError
 from stillroom.nets.build import build
+from stillroom.nets.wrapped import Wrapped
 
 
 def small(name: str, size: int = 8) -> nn.Module:

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from stillroom.adapt import masked
+from stillroom.core.errors import UserError
 from stillroom.data.load import load_images
-from stillroom.errors import UserError
-from stillroom.hub import save_classifier
+from stillroom.lm.masked import load_masked_text
 from stillroom.testing import assert_grads
+from stillroom.vision.masked import load_masked_images
+from stillroom.vision.saving import save_classifier
 
 transformers = pytest.importorskip("transformers")
 MAE = {
@@ -53,7 +55,7 @@ def test_patches_are_in_the_order_of_mae(mae_folder):
 
 def test_error_is_maes_own_with_normalised_pixels(mae_folder, data):
     """The public configurations have norm_pix_loss off; the method has it on."""
-    model = masked.load_masked_images(f"hf:{mae_folder}", data=data, ratio=0.75)
+    model = load_masked_images(f"hf:{mae_folder}", data=data, ratio=0.75)
     images = data.train.images()[:6]
     torch.manual_seed(1)
     values, _ = model(images, hidden=False)
@@ -66,7 +68,7 @@ def test_error_is_maes_own_with_normalised_pixels(mae_folder, data):
 
 
 def test_hidden_state_is_that_of_the_plain_vit_on_the_whole_image(mae_folder, data):
-    model = masked.load_masked_images(f"hf:{mae_folder}", data=data, ratio=0.75).eval()
+    model = load_masked_images(f"hf:{mae_folder}", data=data, ratio=0.75).eval()
     images = data.train.images()[:6]
     _, hidden = model(images, masked=False)
     plain = transformers.ViTModel.from_pretrained(mae_folder, add_pooling_layer=False).eval()
@@ -77,7 +79,7 @@ def test_hidden_state_is_that_of_the_plain_vit_on_the_whole_image(mae_folder, da
 @pytest.mark.parametrize("kind", ["small", "hf"])
 def test_decoder_learns_from_reconstruction_alone(kind, mae_folder, data):
     spec = "small:vit-p2-w16-d1" if kind == "small" else f"hf:{mae_folder}"
-    model = masked.load_masked_images(spec, data=data, ratio=0.75)
+    model = load_masked_images(spec, data=data, ratio=0.75)
     decoder = model.decoder if kind == "small" else model.model.decoder
     values, hidden = model(data.train.images()[:6])
     assert_grads(values.mean(), to=[model.encoder, decoder])
@@ -86,7 +88,7 @@ def test_decoder_learns_from_reconstruction_alone(kind, mae_folder, data):
 
 def test_small_error_by_loops(data):
     torch.manual_seed(0)
-    model = masked.load_masked_images("small:vit-p2-w16-d1", data=data, ratio=0.75).double()
+    model = load_masked_images("small:vit-p2-w16-d1", data=data, ratio=0.75).double()
     images = data.train.images()[:3].double()
     torch.manual_seed(2)
     predicted, _, hidden = model.reconstruct(images)
@@ -107,7 +109,7 @@ def test_small_error_by_loops(data):
 @pytest.mark.parametrize("kind", ["small", "hf"])
 def test_classifier_is_the_encoder_under_a_fresh_head(kind, mae_folder, data, tmp_path):
     spec = "small:vit-p2-w16-d1" if kind == "small" else f"hf:{mae_folder}"
-    model = masked.load_masked_images(spec, data=data, ratio=0.75).eval()
+    model = load_masked_images(spec, data=data, ratio=0.75).eval()
     images = data.train.images()[:5]
     classifier = model.classifier(7, dropout=0.3).eval()
     assert {m.p for m in classifier.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
@@ -122,7 +124,7 @@ def test_classifier_is_the_encoder_under_a_fresh_head(kind, mae_folder, data, tm
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_text_error_is_transformers_own_and_hidden_is_unmasked(kind, tmp_path):
-    model = masked.load_masked_text(f"hf:{bert(tmp_path / kind, kind)}", ratio=0.3).eval()
+    model = load_masked_text(f"hf:{bert(tmp_path / kind, kind)}", ratio=0.3).eval()
     ids = model.tokenizer(["a b c d e f", "g h i", "j a a b c d"], padding=True, return_tensors="pt")["input_ids"]
     torch.manual_seed(3)
     values, hidden = model(ids)
@@ -142,7 +144,7 @@ def test_text_error_is_transformers_own_and_hidden_is_unmasked(kind, tmp_path):
 
 
 def test_masking_of_tokens(tmp_path):
-    model = masked.load_masked_text(f"hf:{bert(tmp_path / 'bert')}", ratio=0.15)
+    model = load_masked_text(f"hf:{bert(tmp_path / 'bert')}", ratio=0.15)
     ids = torch.full((400, 50), 7)
     ids[:, 0], ids[:, 40], ids[:, 41:] = 2, 3, 0  # [CLS] ... [SEP] [PAD]
     torch.manual_seed(0)
@@ -158,7 +160,7 @@ def test_masking_of_tokens(tmp_path):
 
 
 def test_bad_models_are_named(tmp_path, data):
-    load = lambda spec: masked.load_masked_images(spec, data=data, ratio=0.75)
+    load = lambda spec: load_masked_images(spec, data=data, ratio=0.75)
     for spec, message in (("small:convnet", "needs patches"), ("timm:vit", "names no model"), (f"hf:{bert(tmp_path / 'b')}", "is a bert")):
         with pytest.raises(UserError, match=message):
             load(spec)
@@ -166,6 +168,6 @@ def test_bad_models_are_named(tmp_path, data):
         transformers.BertConfig(**{"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2})
     ).save_pretrained(tmp_path / "b")
     with pytest.raises(UserError, match="without its pre-training head"):
-        masked.load_masked_text(f"hf:{tmp_path / 'b'}", ratio=0.15)
+        load_masked_text(f"hf:{tmp_path / 'b'}", ratio=0.15)
     with pytest.raises(UserError, match="could not be loaded"):
-        masked.load_masked_text(f"hf:{tmp_path / 'none'}", ratio=0.15)
+        load_masked_text(f"hf:{tmp_path / 'none'}", ratio=0.15)

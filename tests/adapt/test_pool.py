@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from stillroom.adapt.pool import Pool
-from stillroom.optim import Optimizer
+from stillroom.core.optim import Optimizer
 
 SGD = Optimizer("sgd", 0.1, weight_decay=1e-3)
 X, Y = (torch.randn(6, n, generator=torch.Generator().manual_seed(n)) for n in (4, 3))

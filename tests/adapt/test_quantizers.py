@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stillroom.adapt import quantizers as q
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.nets.build import build
 from stillroom.nets.packed import Coded, load_packed, pack, save_packed, unpack
 

@@ -12,10 +12,10 @@ from bench import steps
 from bench.install_peers import PEERS, python_of
 from bench.peers import by_hand, stillroom
 from bench.task import Task, network
+from stillroom.core.engine import make
+from stillroom.core.run import Run
+from stillroom.core.store import Store
 from stillroom.data.embedded import digits
-from stillroom.engine import make
-from stillroom.run import Run
-from stillroom.store import Store
 
 
 def test_both_loops_end_with_the_same_weights(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import torch as files
 
-from stillroom.engine import make
-from stillroom.run import Run
-from stillroom.store import Store
+from stillroom.core.engine import make
+from stillroom.core.run import Run
+from stillroom.core.store import Store
 
 
 def note(log: Path, word: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from stillroom.claims import Claim
+from stillroom.catalogue.claims import Claim
 
 
 @dataclass(frozen=True)

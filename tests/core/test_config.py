@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import pytest
 from annotated_types import Ge, Interval, Lt
 
-from stillroom.config import Count, Natural, NonNegative, Positive, Share, check, flatten, override
-from stillroom.errors import UserError
+from stillroom.core.config import Count, Natural, NonNegative, Positive, Share, check, flatten, override
+from stillroom.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stillroom.engine import make
-from stillroom.errors import UserError
+from stillroom.core.engine import make
+from stillroom.core.errors import UserError
 from tests.launch import ROOT, launched
 from tests.ranks import main as in_process
 
@@ -87,7 +87,7 @@ def test_a_program_of_several_processes_ends_without_taking_the_interpreter_down
     """A thread of the group that wants the interpreter while it is taken down aborts the process: seen once in some hundred runs."""
     program = f"""if True:
         import atexit, sys
-        from stillroom.engine import make
+        from stillroom.core.engine import make
 
         class Late:
             def __del__(self):

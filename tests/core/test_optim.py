@@ -7,9 +7,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from stillroom.config import check
-from stillroom.errors import UserError
-from stillroom.optim import Optimizer
+from stillroom.core.config import check
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
 
 KINDS = ("sgd", "adam", "adamw")
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from stillroom import log
-from stillroom.engine import make
-from stillroom.errors import UserError
-from stillroom.interrupt import Interrupted
-from stillroom.run import Run
-from stillroom.store import Store
+from stillroom.catalogue import report
+from stillroom.core.engine import make
+from stillroom.core.errors import UserError
+from stillroom.core.interrupt import Interrupted
+from stillroom.core.run import Run
+from stillroom.core.store import Store
 from tests.loops import SHAPES, finish, one_optimizer
 
 
@@ -49,7 +49,7 @@ def test_killed_process_resumes_bitwise(shape: str, tmp_path: Path, child) -> No
     resumed = finished(child, shape, folder)
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
     assert not list(folder.rglob("*.tmp"))
-    mine, other = (log.read(f / "metrics.jsonl") for f in (tmp_path / "straight" / "run", folder))
+    mine, other = (report.records(f / "metrics.jsonl") for f in (tmp_path / "straight" / "run", folder))
     assert mine == other  # no line lost, none twice
 
 
@@ -128,7 +128,7 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None
             file.write(b"x")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("stillroom.run.torch.save", full)
+        monkeypatch.setattr("stillroom.core.run.torch.save", full)
         with pytest.raises(UserError, match="No space left"):
             run.save(4)
     assert (tmp_path / "a" / "train.pt").read_bytes() == before
@@ -155,7 +155,7 @@ def test_a_run_stopped_in_its_second_loop_loses_no_line_of_its_log(tmp_path: Pat
     with small(tmp_path / "b") as run:
         resumed = two_loops(run)
     assert torch.equal(straight, resumed)
-    assert log.read(tmp_path / "a" / "metrics.jsonl") == log.read(tmp_path / "b" / "metrics.jsonl")
+    assert report.records(tmp_path / "a" / "metrics.jsonl") == report.records(tmp_path / "b" / "metrics.jsonl")
 
 
 def test_ctrl_c_in_the_last_step_of_a_loop_stops_too(tmp_path: Path) -> None:

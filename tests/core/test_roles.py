@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from stillroom import log
-from stillroom.engine import make
-from stillroom.errors import UserError
-from stillroom.optim import Optimizer
-from stillroom.run import Run
-from stillroom.store import Store
+from stillroom.catalogue import report
+from stillroom.core.engine import make
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
+from stillroom.core.store import Store
 from stillroom.testing import assert_grads
 
 SGD = Optimizer("sgd", 1.0, momentum=0.0)
@@ -43,7 +43,7 @@ def test_vectors_are_averaged_scalars_taken_as_they_are_and_parts_added(run: Run
     assert weight.grad is None
     # d/dw: vector 3/3, 6/3, 9/3; matrix 2/3 each; scalar 5 on the first
     assert weight.tolist() == pytest.approx([1 - (1 + 2 / 3 + 5), 2 - (2 + 2 / 3), 3 - (3 + 2 / 3)])
-    (record,) = log.read(run.folder / "metrics.jsonl")
+    (record,) = report.records(run.folder / "metrics.jsonl")
     assert record == {"loop": "train", "step": 0, "w/vector": 14.0, "w/matrix": 4.0, "w/scalar": 5.0}
 
 
@@ -101,7 +101,7 @@ def test_scalars_of_chunks_are_averaged(tmp_path: Path) -> None:
     with started(tmp_path / "run", accumulate=4) as run:
         weight, optimizer = bare(run, [0.0])
         for _ in run.steps(1):
-            run.update(optimizer, weight.sum() * (run.chunk + 1))
+            run.update(optimizer, weight.sum() * (run.roles.chunk + 1))
     assert weight.item() == pytest.approx(-2.5)
 
 
@@ -122,7 +122,7 @@ def test_only_the_given_role_learns_and_no_gradient_is_left_behind(tmp_path: Pat
         c, c_opt = bare(run, [1.0], "c")
         for _ in run.steps(2):  # the second step knows that the losses of `a` reach the others
             run.update(a_opt, (2 * a + 3 * b + 5 * c).sum())
-            if run.chunk == 0:
+            if run.roles.chunk == 0:
                 assert b.grad is c.grad is None
             run.update((b_opt, c_opt), (a.detach() + 7 * b + 11 * c).sum())
     assert [w.item() for w in (a, b, c)] == [-3.0, -13.0, -21.0]
@@ -201,7 +201,7 @@ def test_the_clip_bounds_the_roles_gradient_norm_and_logs_it(run: Run) -> None:
         run.update((a_opt, b_opt), (torch.tensor([3.0, 4.0]) * (a + b)).sum())
     assert a.tolist() == pytest.approx([-0.6, -0.8], abs=1e-5)
     assert b.tolist() == [-3.0, -4.0]
-    (record,) = log.read(run.folder / "metrics.jsonl")
+    (record,) = report.records(run.folder / "metrics.jsonl")
     assert (record["a/gradient norm"], record["b/gradient norm"]) == (5.0, 5.0)
 
 

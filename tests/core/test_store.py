@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+from stillroom.catalogue import cache
 from stillroom.cli import main
-from stillroom.engine import make
-from stillroom.errors import UserError
-from stillroom.run import Run
-from stillroom.store import Store, fingerprint, folder_of_store, replacing, write_atomic
+from stillroom.core.engine import make
+from stillroom.core.errors import UserError
+from stillroom.core.run import Run
+from stillroom.core.store import Store, fingerprint, folder_of_store, replacing, write_atomic
 from tests.core import builders
 
 
@@ -134,8 +135,8 @@ def test_the_key_changes_with_inputs_data_and_the_builders_source(tmp_path: Path
     assert store.cached("z", build, x)["y"].tolist() == [2.0] * 3
     build = module(tmp_path / "recipe.py", source.format(scale=5)).build  # only a global that its helper reads has changed
     assert store.cached("y", build, x)["y"].tolist() == [5.0] * 3
-    assert len(store.entries()) == 4
-    assert {e["name"] for e in store.entries()} == {"y", "z"}
+    assert len(cache.entries(store)) == 4
+    assert {e["name"] for e in cache.entries(store)} == {"y", "z"}
 
 
 def test_closures_are_refused_and_build_nothing(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     with pytest.raises(ZeroDivisionError):
         store.cached("x", fails, 0)
-    assert not store.entries()
+    assert not cache.entries(store)
     assert store.cached("x", fails, 1)["x"].item() == 1.0
 
 
@@ -170,7 +171,7 @@ def test_a_builder_killed_while_writing_leaves_nothing_and_the_next_one_builds(t
     log, store = tmp_path / "log", Store(tmp_path / "store")
     assert child(builders.dies_while_building, store, log, 0.0).code() == -signal.SIGKILL
     assert any(store.folder.glob(".*.tmp")), "this test would prove nothing"
-    assert store.entries() == []
+    assert cache.entries(store) == []
     builders.cached(store, log, 0.0)
     assert words(log) == ["built", "built", "has 6"]
     assert not list(store.folder.glob(".*.tmp"))
@@ -179,7 +180,7 @@ def test_a_builder_killed_while_writing_leaves_nothing_and_the_next_one_builds(t
 def test_what_a_killed_builder_left_is_cleared(tmp_path: Path, child) -> None:
     store = Store(tmp_path / "store")
     assert child(builders.dies_while_building, store, tmp_path / "log", 0.0).code() == -signal.SIGKILL
-    store.clear()
+    cache.clear(store)
     assert not list(store.folder.iterdir())
 
 
@@ -236,20 +237,20 @@ def test_clear_skips_entries_in_use(tmp_path: Path) -> None:
         with run.stage("teacher", shared=(1,)) as stage:
             for _ in stage.steps(1):
                 pass
-            assert store.clear()[0] == 1
-            assert [e["name"] for e in store.entries()] == ["teacher"]
+            assert cache.clear(store)[0] == 1
+            assert [e["name"] for e in cache.entries(store)] == ["teacher"]
             with pytest.raises(UserError, match="no cache entry"):
-                store.clear("done")
-        assert store.clear("teacher")[0] == 1
-    assert store.entries() == []
-    assert store.clear() == (0, 0)
+                cache.clear(store, "done")
+        assert cache.clear(store, "teacher")[0] == 1
+    assert cache.entries(store) == []
+    assert cache.clear(store) == (0, 0)
 
 
 def test_the_cache_command_survives_foreign_and_damaged_files_and_leaves_them_alone(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "store"
     store = Store(folder)
     store.cached("good", fails, 1)
-    (entry,) = store.entries()
+    (entry,) = cache.entries(store)
     (folder / "thesis").mkdir()
     (folder / "thesis" / "chapter.tex").write_text("years of work")
     (folder / "photos-2024").mkdir()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
+from stillroom.core.errors import UserError
 from stillroom.data.augment import augmenter
-from stillroom.errors import UserError
 
 
 def windows(image: torch.Tensor, reach: int, flips: bool) -> list[torch.Tensor]:

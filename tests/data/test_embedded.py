@@ -3,10 +3,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from stillroom.core.errors import UserError
 from stillroom.data.batches import Batches
 from stillroom.data.embedded import SHAPES, digits, shapes, spiral
 from stillroom.data.images import ImageData, LazySplit, MemorySplit, balanced_rows, statistics
-from stillroom.errors import UserError
 
 
 class Constant:

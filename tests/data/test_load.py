@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from stillroom.core.errors import UserError
+from stillroom.core.store import Store
 from stillroom.data import load
 from stillroom.data.batches import Batches
 from stillroom.data.images import LazySplit, MemorySplit
 from stillroom.data.load import load_images
-from stillroom.errors import UserError
-from stillroom.store import Store
 
 
 def picture(value: int, size: tuple[int, int] = (6, 6), mode: str = "RGB") -> Image.Image:

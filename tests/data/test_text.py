@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
+from stillroom.core.errors import UserError
 from stillroom.data.text import load_texts
-from stillroom.errors import UserError
 
 
 class Letters:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from stillroom.core.errors import UserError
+from stillroom.core.run import Run
 from stillroom.diffusion import pipelines, settings
 from stillroom.diffusion.processes import Flow
 from stillroom.diffusion.sampling import sample
-from stillroom.errors import UserError
 from stillroom.recipes.diffusion import agd
-from stillroom.run import Run
 
 from .tiny import PIPELINES, call, flux
 

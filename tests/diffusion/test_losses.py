@@ -211,7 +211,7 @@ def test_a_dmd_generator_step_keeps_one_graph_and_none_for_the_scores() -> None:
 
 
 def test_mixtures_teach_images_too_and_the_unet_keeps_shapes() -> None:
-    from stillroom.errors import UserError
+    from stillroom.core.errors import UserError
 
     centres = torch.randn(3, 1, 8, 8)
     pair = Mixture(centres, 0.2)(torch.randn(5, 1, 8, 8), 0.5)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from stillroom.core.errors import UserError
 from stillroom.diffusion import pipelines
 from stillroom.diffusion.denoiser import Guided
 from stillroom.diffusion.processes import VP, Flow
 from stillroom.diffusion.sampling import consistency, sample
-from stillroom.errors import UserError
 
 from .tiny import PIPELINES, call, sd15, size
 

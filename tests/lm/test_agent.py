@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm.agent import Workbench, code_of, first_thoughts, read_published, rollout, select
 from stillroom.lm.sandbox import Outcome, Sandbox
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm import cache as module
 from stillroom.lm.cache import Capture, TeacherCache, capture
 from stillroom.lm.tokenizer import Characters

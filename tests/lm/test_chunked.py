@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm.chunked import chunked_loss, token_log_probs
 from stillroom.lm.signals import Dense, Head, Sampled, TopK, log_leftover
 from stillroom.losses.tokens import BY_NAME, IGNORE, divergence, tempered, token_mean

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm.cache import Capture, capture
 from stillroom.lm.crosstok import (
     Paired,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm.generate import generate, reply
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm.sandbox import IMPORTS, Limits, Sandbox
 
 SYSTEM = [*IMPORTS, "os", "sys", "socket", "subprocess", "threading", "ctypes", "signal", "resource", "pathlib", "shutil", "gc", "inspect"]

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm.server import Reply, Server
 
 CHATS = [[{"role": "user", "content": f"question {i}"}] for i in range(6)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm.teachers import load_causal, save_causal
 from stillroom.nets.decoder import Decoder, GateOptions
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.lm.traces import Segment, Trace, collate, deduplicate, per_prompt, read, render, tokenize, write
 from stillroom.losses.tokens import IGNORE
 

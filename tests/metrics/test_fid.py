@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from stillroom.core.errors import UserError
+from stillroom.core.run import Run
+from stillroom.core.store import Store
 from stillroom.diffusion import settings
-from stillroom.errors import UserError
 from stillroom.metrics import fid as module
 from stillroom.metrics.fid import extractor, fid
 from stillroom.recipes.diffusion import consistency
-from stillroom.run import Run
-from stillroom.store import Store
 
 from ..diffusion.tiny import ddpm
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.nets.build import NAMES, build, keep_outputs
 
 GREY = {"classes": 10, "channels": 1, "size": 8, "mean": (0.3,), "std": (0.4,)}

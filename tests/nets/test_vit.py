@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.nets.build import build
 from stillroom.nets.vit import Block, MaskedDecoder
 

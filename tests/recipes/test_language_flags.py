@@ -4,17 +4,17 @@ import dataclasses
 
 import pytest
 
-from stillroom import catalogue
+from stillroom.catalogue import cards
 from stillroom.cli import RunOptions
-from stillroom.config import check
+from stillroom.core.config import check
 
 
 @pytest.mark.parametrize("name", ["token-kd", "gated-attention", "agent-distillation"])
 def test_flags_are_free_and_presets_valid(name):
-    recipe = catalogue.load(name)
+    recipe = cards.load(name)
     names = lambda kind: {field.name for field in dataclasses.fields(kind)}
     assert not names(recipe.Config) & names(RunOptions)
     check(recipe.full())
     for arm in recipe.ARMS:
-        check(catalogue.config_of(recipe, arm))
+        check(cards.config_of(recipe, arm))
     assert {claim.arm for claim in recipe.CLAIMS} <= recipe.ARMS.keys()

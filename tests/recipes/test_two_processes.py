@@ -1,4 +1,4 @@
-"""Every recipe in two processes, at a few steps."""
+"""Every recipe in two processes, at its TINY size: a family at a time, so that several workers share them."""
 
 from __future__ import annotations
 
@@ -8,41 +8,33 @@ from typing import Any
 
 import pytest
 
-from stillroom import catalogue
-from tests.every_recipe import SMALL
+from stillroom.catalogue import cards
 from tests.launch import ROOT, launched
 
-SHARDED = {"kd": "nll", "krr-st": "mse", "dmd2": "energy", "consistency": "energy", "gated-attention": "ce"}
-"""Recipes that FSDP2 runs, and a metric of theirs that tells whether they learned."""
-REFUSED = ("quantized-distillation", "token-kd")
+RECIPES = {name: cards.load(name) for name in cards.cards()}
+TRAINING = {name: recipe for name, recipe in RECIPES.items() if hasattr(recipe, "TINY")}
+FAMILIES = sorted({cards.find(name).family for name in TRAINING})
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """What the recipes measured, per engine."""
-    measured = {}
-    for engine, names in {"ddp": list(SMALL), "fsdp2": [*SHARDED, *REFUSED]}.items():
-        folder: Path = tmp_path_factory.mktemp(engine)
-        done = launched(str(ROOT / "tests" / "every_recipe.py"), engine, str(folder), *names)
-        assert done.returncode == 0, done.stderr[-3000:]
-        measured[engine] = json.loads((folder / "found.json").read_text())
-    return measured
+def measured(folder: Path, engine: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    done = launched(str(ROOT / "tests" / "every_recipe.py"), engine, str(folder), *names)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text())
 
 
 def test_every_recipe_that_trains_is_here() -> None:
-    assert set(SMALL) == set(catalogue.cards()) - {"hgm"}  # it trains nothing
+    assert set(TRAINING) == set(RECIPES) - {"hgm"}  # it trains nothing
 
 
-def test_all_run_under_ddp(found) -> None:
-    assert not {name: metrics for name, metrics in found["ddp"].items() if isinstance(metrics, str)}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ddp_runs_all_and_fsdp2_measures_what_ddp_does(family: str, tmp_path: Path) -> None:
+    names = [name for name in TRAINING if cards.find(name).family == family]
+    ddp = measured(tmp_path / "ddp", "ddp", names)
+    assert not {name: metrics for name, metrics in ddp.items() if isinstance(metrics, str)}
+    if sharded := {name: TRAINING[name].FSDP2 for name in names if hasattr(TRAINING[name], "FSDP2")}:
+        fsdp2 = measured(tmp_path / "fsdp2", "fsdp2", list(sharded))
+        assert {n: fsdp2[n][m] for n, m in sharded.items()} == pytest.approx({n: ddp[n][m] for n, m in sharded.items()}, rel=5e-3)
 
 
-@pytest.mark.parametrize("name", SHARDED)
-def test_fsdp2_measures_what_ddp_does(name: str, found) -> None:
-    ddp, fsdp2 = (found[engine][name][SHARDED[name]] for engine in ("ddp", "fsdp2"))
-    assert fsdp2 == pytest.approx(ddp, rel=5e-3)
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_fsdp2_cannot_run_is_refused(name: str, found) -> None:
-    assert "--engine ddp" in found["fsdp2"][name]
+def test_fsdp2_is_refused_where_a_recipe_does_not_declare_it(tmp_path: Path) -> None:
+    assert "--engine ddp" in measured(tmp_path, "fsdp2", ["quantized-distillation"])["quantized-distillation"]

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from annotated_types import Gt, Interval, Lt
 
-from stillroom import cli, config
-from stillroom.config import Count, NonNegative, Positive, Share
-from stillroom.errors import UserError
+from stillroom import cli
+from stillroom.core import config
+from stillroom.core.config import Count, NonNegative, Positive, Share
+from stillroom.core.errors import UserError
 from stillroom.search import Log, Trial
 from stillroom.search.configs import Mutate, Propose, Seeds, flags_of, middle, server, valid
 

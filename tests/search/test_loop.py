@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.search import Limits, greedy, hgm, own_score, random_search, search
 from stillroom.search.journal import Journal, read
 from stillroom.search.loop import child_seed

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from stillroom.errors import UserError
+from stillroom.core.errors import UserError
 from stillroom.search import Archive, Evaluate, Expand, best_belief, dgm, greedy, hgm, own_score, random_search, thompson
 
 

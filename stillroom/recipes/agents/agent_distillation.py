@@ -23,11 +23,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, Positive, Share
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, Positive, Share
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.data.entities import ALPHABET, SYMBOLS, Part, Question, World, make_world
 from stillroom.data.sequences import Rows, shuffled
-from stillroom.errors import UserError
 from stillroom.lm.agent import Chat, Episode, Policy, Workbench, first_thoughts, read_published, rollout
 from stillroom.lm.chunked import chunked_loss
 from stillroom.lm.generate import generate, reply
@@ -40,8 +42,6 @@ from stillroom.lm.traces import Trace, render, tokenize, write
 from stillroom.lm.verify import after, gsm8k, last_number, numbers
 from stillroom.losses.tokens import IGNORE, align
 from stillroom.nets.decoder import Decoder
-from stillroom.optim import Optimizer
-from stillroom.run import Run
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def full() -> Config:
 
 LONG = {"steps": 1500, "samples": 8}
 EARLY = {"steps": 300}
+TINY = {"trajectories": 16, "tests": 4, "steps": 4, "max_new_tokens": 64}
 ARMS = {
     "cot, 3x steps, 8 votes": {"student_learns": "cot", **LONG},
     "cot+facts, 3x steps, 8 votes": {"student_learns": "cot+facts", **LONG},

@@ -28,10 +28,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, Positive
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, Positive
+from stillroom.core.run import Run
 from stillroom.data.plurals import plurals
-from stillroom.run import Run
 from stillroom.search import POLICIES, Archive, Found, Log, Policy, Sandbox, SandboxError, hgm, run_function, search
 from stillroom.search.picture import patch, tree
 

@@ -22,39 +22,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stillroom import hub
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, NonNegative, Positive
-from stillroom.data.augment import Augmentation, augmenter
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, NonNegative, Positive
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
+from stillroom.data.augment import augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData, Split, join
-from stillroom.data.load import ImageConfig
-from stillroom.metrics import present
-from stillroom.optim import Optimizer
-from stillroom.run import Run
-from stillroom.teachers import signals, trained
+from stillroom.vision import hub, present, saving, signals, trained
 
 BASELINE = True
 
 
 @dataclass(frozen=True)
-class Config(ImageConfig):
+class Config(trained.TeacherConfig):
     """Laptop defaults: 8x8 digits of which 100 are labelled."""
 
     labelled: Natural = 100
     """Training images that keep their labels; the others are the transfer set. 0: all."""
-    augment: Augmentation = "none"
-    """Augmentation of training images."""
-    teacher: str = "small:convnet-w32"
-    """small:NAME is trained first; hf:ID-or-folder, timm:NAME or run:FOLDER is taken as it is."""
-    teacher_steps: Count = 600
-    """Training steps of a small: teacher."""
-    teacher_optimizer: Optimizer = Optimizer("adamw", 2e-3, weight_decay=1e-2, schedule="cosine")
     student: str = "small:convnet-w4"
     """small:NAME, or hf:ID-or-folder, whose config is built with fresh weights."""
     steps: Count = 1500
     """Training steps of the student."""
-    batch_size: Count = 64
     optimizer: Optimizer = Optimizer("adamw", 4e-3, weight_decay=1e-2, schedule="cosine")
     temperature: Positive = 4.0
     """T of both softmaxes in the distillation term."""
@@ -75,6 +64,8 @@ def full() -> Config:
     )  # fmt: skip
 
 
+TINY = {"steps": 6, "teacher_steps": 6}
+FSDP2 = "nll"
 ARMS = {
     "plain": {"kd_weight": 0.0, "ce_weight": 1.0},
     "kd": {},
@@ -97,10 +88,7 @@ def main(
     augment = augmenter(cfg.augment, data.size)
     images: Split = data.train
     if cfg.kd_weight:
-        teacher = run.frozen(teacher if teacher is not None else trained.classifier(
-            run, "teacher", cfg.teacher, data, steps=cfg.teacher_steps, optimizer=cfg.teacher_optimizer, batch_size=cfg.batch_size,
-            augment=cfg.augment,
-        ))  # fmt: skip
+        teacher = run.frozen(teacher if teacher is not None else cfg.classifier(run, data))
         present.classifier(run, "teacher", teacher, data.test)
         if cfg.pool == "all" and data.transfer is not None:
             images = join(data.train, data.transfer)
@@ -129,5 +117,5 @@ def main(
         run.update(optimizer, terms.sum())
 
     metrics = present.classifier(run, "student", student, data.test)
-    run.save_student(student, hub.save_classifier)
+    run.save_student(student, saving.save_classifier)
     return metrics

@@ -21,17 +21,16 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
-from stillroom import hub
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, Share
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, Share
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData
 from stillroom.data.load import ImageConfig
 from stillroom.losses.divergences import soft_cross_entropy
-from stillroom.metrics import present
-from stillroom.optim import Optimizer
-from stillroom.run import Run
+from stillroom.vision import hub, present, saving
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ def full() -> Config:
     )  # fmt: skip
 
 
+TINY = {"epochs": 2}
+FSDP2 = "nll"
 ARMS = {
     "plain": {"past_weight": 0.0},
     "smoothing": {"past_weight": 0.0, "smoothing": 0.1},
@@ -107,5 +108,5 @@ def main(cfg: Config, run: Run, *, data: ImageData | None = None, student: nn.Mo
         run.log(past_weight=weight)
 
     metrics = present.classifier(run, "student", student, data.test)
-    run.save_student(student, hub.save_classifier)
+    run.save_student(student, saving.save_classifier)
     return metrics

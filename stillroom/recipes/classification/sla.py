@@ -22,21 +22,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom import hub
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, NonNegative, Positive
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, NonNegative, Positive
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData
 from stillroom.data.load import ImageConfig
-from stillroom.errors import UserError
 from stillroom.losses.divergences import cross_entropy, kl
-from stillroom.metrics import present
 from stillroom.metrics.classification import ClassificationMetrics
 from stillroom.metrics.modes import eval_mode
 from stillroom.nets.build import keep_outputs
-from stillroom.optim import Optimizer
-from stillroom.run import Run
+from stillroom.vision import hub, present, saving
 
 Mode = Literal["plain", "da", "mt", "sla", "sla+sd"]
 Transform = Literal["rotation", "rotation2", "color6", "color3", "rotation2+color3", "rotation+color3", "rotation+color6"]
@@ -80,6 +79,8 @@ def full() -> Config:
     )  # fmt: skip
 
 
+TINY = {"steps": 6}
+FSDP2 = "nll"
 ARMS: dict[str, dict[str, str]] = {
     "plain": {"mode": "plain"},
     "da": {"mode": "da"},
@@ -141,7 +142,7 @@ def main(cfg: Config, run: Run, *, data: ImageData | None = None, student: nn.Mo
     if cfg.mode == "sla+sd":
         metrics["single"] = ClassificationMetrics.of(logits[::m, joint][:, ::m], data.test.labels).accuracy
     run.image("views of one image", views(data.test.take(torch.arange(4)).images), columns=m)
-    run.save_student(deployed, hub.save_classifier)
+    run.save_student(deployed, saving.save_classifier)
     return metrics
 
 

@@ -26,18 +26,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from stillroom import hub
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, NonNegative, Positive, Share
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, NonNegative, Positive, Share
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData, Split
 from stillroom.data.load import load_images
 from stillroom.losses.divergences import mse_probs
-from stillroom.metrics import present
 from stillroom.metrics.classification import ClassificationMetrics, evaluate
-from stillroom.optim import Optimizer
-from stillroom.run import Run
+from stillroom.vision import hub, present, saving
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,8 @@ def full() -> Config:
     )  # fmt: skip
 
 
+TINY = {"part": "deep", "fit_steps": 6, "generations": 2}
+FSDP2 = "nll"
 ARMS: dict[str, dict[str, Any]] = {
     "one fit": {"rule": "fixed", "label_weight": 1.0},
     "no labels": {"rule": "fixed", "label_weight": 0.0},
@@ -263,7 +264,7 @@ def deep(cfg: Config, run: Run, data: ImageData | None) -> dict[str, float]:
         weights.append(weight)
     metrics = present.classifier(run, "student", teacher, data.test)
     run.figure("ground truth's weight per generation", lambda axes: draw_weights(axes, weights))
-    run.save_student(teacher, hub.save_classifier)
+    run.save_student(teacher, saving.save_classifier)
     return {**metrics, "label_weight": weights[-1], "validation": ClassificationMetrics.of(probs(teacher).log(), held_out.labels).accuracy}
 
 

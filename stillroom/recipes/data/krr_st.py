@@ -31,22 +31,23 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillroom import hub
 from stillroom.adapt.pool import Pool
 from stillroom.adapt.ridge import ridge_head
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, NonNegative, Positive
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, NonNegative, Positive
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData, MemorySplit, Split, balanced_rows, of_classes
 from stillroom.data.load import ImageConfig
-from stillroom.errors import UserError
 from stillroom.losses.divergences import cross_entropy
 from stillroom.metrics.classification import ClassificationMetrics, evaluate
 from stillroom.metrics.probe import linear_probe
+from stillroom.nets import wrapped
 from stillroom.nets.build import build
-from stillroom.optim import Optimizer
-from stillroom.run import Run
+from stillroom.vision import hub, saving
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ def full() -> Config:
     )  # fmt: skip
 
 
+TINY = {"teacher_steps": 4, "steps": 4, "pretrain_steps": 4, "finetune_steps": 4, "repeats": 1}
+FSDP2 = "mse"
 ARMS: dict[str, dict[str, Any]] = {
     "no pre-training": {"steps": 0, "pretrain_steps": 0},
     "random images": {"steps": 0},
@@ -176,7 +179,7 @@ def main(
             metrics.setdefault("mse" if name == cfg.net else f"mse {name}", []).append(error)
             if name == cfg.net:
                 student = net
-                metrics.setdefault("probe", []).append(probe(task, hub.Encoder(net)))
+                metrics.setdefault("probe", []).append(probe(task, wrapped.Encoder(net)))
                 with run.stage(f"finetune-{i}") as stage:
                     metrics.setdefault("finetune", []).append(finetune(cfg, stage, net, task))
     means = {name: sum(values) / len(values) for name, values in metrics.items()}
@@ -243,7 +246,7 @@ class Twin(nn.Module):
 
     def __init__(self, net: Any):
         super().__init__()
-        self.encoder = hub.Encoder(net)
+        self.encoder = wrapped.Encoder(net)
         width = net.head.in_features
         self.projector = nn.Sequential(
             nn.Linear(width, 2 * width, bias=False), nn.BatchNorm1d(2 * width), nn.ReLU(), nn.Linear(2 * width, 2 * width)
@@ -313,13 +316,12 @@ def distil(cfg: Config, run: Run, source: ImageData, teacher: nn.Module, distill
     _, optimizer = run.trainable("distilled", learned, cfg.optimizer)
     pool = Pool(fresh, cfg.inner, cfg.pool, cfg.lifetime, run.seed, run.device)
     run.track(pool=pool)
-    last_chunk = lambda: run.chunk + 1 == run.accumulate
     blurred = lambda pixels: pixels + cfg.inner_noise * distilled.std * torch.randn_like(pixels) if cfg.inner_noise else pixels
 
     goals = np.random.default_rng([run.seed, 1]).integers(1, cfg.lifetime, cfg.pool)
     for age in run.steps(int(goals.max()), "pool"):
         for slot in range(cfg.pool):
-            if last_chunk() and age < goals[slot]:
+            if run.last_chunk and age < goals[slot]:
                 pool.advance(slot, blurred(distilled.pixels.detach()), distilled.targets.detach())
 
     augment, batches = augmenter(cfg.augment, source.size), Batches(source.train, cfg.batch_size, run.seed)
@@ -331,7 +333,7 @@ def distil(cfg: Config, run: Run, source: ImageData, teacher: nn.Module, distill
             answers, features = teacher(real), net.features(real)
         predicted = ridge_head(net.features(blurred(distilled.pixels)), features, distilled.targets, cfg.ridge)
         run.update(optimizer, outer=(predicted - answers).square().mean(1))
-        if last_chunk():
+        if run.last_chunk:
             pool.advance(slot, blurred(distilled.pixels.detach()), distilled.targets.detach())
         run.log(age=pool.ages[slot])
 
@@ -371,5 +373,5 @@ def save(student: nn.Module, folder: Path, images: Tensor, targets: Tensor) -> N
     """The set as distilled.safetensors (images in the scale of real ones, targets) beside the last network pre-trained on it."""
     from safetensors.torch import save_file
 
-    hub.save_classifier(student, folder)
+    saving.save_classifier(student, folder)
     save_file({"images": images.cpu().contiguous(), "targets": targets.cpu().contiguous()}, folder / "distilled.safetensors")

@@ -28,18 +28,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, NonNegative, Positive
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, NonNegative, Positive
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.diffusion import settings
 from stillroom.diffusion.adapters import Adapters, Kind, save
 from stillroom.diffusion.denoiser import Denoiser, Guided, Prediction, take
 from stillroom.diffusion.objectives import squared
 from stillroom.diffusion.sampling import sample
 from stillroom.diffusion.settings import Setting
-from stillroom.errors import UserError
 from stillroom.metrics.generation import energy_distance
-from stillroom.optim import Optimizer
-from stillroom.run import Run
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def full() -> Config:
     )
 
 
+TINY = {"trajectories": 64, "steps": 4, "updates": 4, "batch": 64, "evaluate": 64}
 ARMS = {
     "agd": {},
     "forward-data": {"data": "forward"},

@@ -17,15 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, Share
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, Share
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.diffusion import sampling, settings
 from stillroom.diffusion.denoiser import take
 from stillroom.diffusion.objectives import pseudo_huber, squared
 from stillroom.diffusion.sampling import ddim, heun, pairs, sample
 from stillroom.diffusion.settings import Setting, TeacherConfig
-from stillroom.optim import Optimizer
-from stillroom.run import Run
 
 BASELINE = True
 
@@ -73,6 +73,8 @@ def full() -> Config:
     )
 
 
+TINY = {"updates": 4, "evaluate": 64, "batch": 64}
+FSDP2 = "energy"
 ARMS = {"consistency": {}, "undistilled": {"updates": 0}, "consistency-training": {"source": "data"}}
 CLAIMS = [
     Claim(

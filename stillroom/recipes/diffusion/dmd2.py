@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, NonNegative, Share
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, NonNegative, Share
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.diffusion.denoiser import tapped
 from stillroom.diffusion.objectives import squared
 from stillroom.diffusion.sampling import consistency, rollout, sample
 from stillroom.diffusion.settings import Setting, TeacherConfig
-from stillroom.errors import UserError
 from stillroom.losses.adversarial import Head, softplus_discriminator, softplus_generator
 from stillroom.losses.scores import dmd_weight, vsd
-from stillroom.optim import Optimizer
-from stillroom.run import Run
 
 BASELINE = True
 
@@ -82,6 +82,8 @@ def full() -> Config:
     )
 
 
+TINY = {"updates": 2, "evaluate": 64, "batch": 64}
+FSDP2 = "energy"
 ARMS = {"dmd2": {}, "one-to-one": {"fake_updates": 1}, "no-head": {"gan_weight": 0.0}}
 CLAIMS = [
     Claim(

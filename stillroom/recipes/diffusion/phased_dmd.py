@@ -27,20 +27,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, Positive, Share
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, Positive, Share
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.diffusion.denoiser import Denoiser, Prediction, Routed
 from stillroom.diffusion.exact import Mixture
 from stillroom.diffusion.objectives import per_sample
 from stillroom.diffusion.processes import VP, Flow, Process, along, as_time
 from stillroom.diffusion.sampling import rollout, sample
 from stillroom.diffusion.settings import Setting, TeacherConfig
-from stillroom.errors import UserError
 from stillroom.losses.scores import dmd_weight, vsd
 from stillroom.metrics.generation import diversity, mmd
 from stillroom.nets.denoisers import PointNet
-from stillroom.optim import Optimizer
-from stillroom.run import Run
 
 Target = Literal["unbiased", "naive"]
 
@@ -102,6 +102,8 @@ def full() -> Config:
     )
 
 
+TINY = {"updates": 2, "evaluate": 64, "batch": 64, "toy_steps": 0, "guidance": 1.0}
+FSDP2 = "energy"
 ARMS = {
     "phased-dmd": {},
     "sgts-dmd": {"phases": 1},

@@ -25,8 +25,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.claims import Claim
-from stillroom.config import Count, Share
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Share
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.diffusion import settings
 from stillroom.diffusion.denoiser import Denoiser, Prediction, take
 from stillroom.diffusion.objectives import squared
@@ -34,8 +36,6 @@ from stillroom.diffusion.processes import ReversedFlow, along
 from stillroom.diffusion.sampling import Point, pairs, path
 from stillroom.diffusion.settings import Setting, TeacherConfig
 from stillroom.metrics.generation import straightness
-from stillroom.optim import Optimizer
-from stillroom.run import Run
 
 FLOW = ReversedFlow()
 EPS = 1e-3
@@ -88,6 +88,8 @@ def full() -> Config:
     )
 
 
+TINY = {"pairs": 64, "pair_steps": 4, "reflow_steps": 4, "distil_steps": 4, "evaluate": 64}
+FSDP2 = "frechet"
 ARMS = {
     "slimflow": {},
     "plain-distillation": {"two_step": False},

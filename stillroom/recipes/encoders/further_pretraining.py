@@ -28,20 +28,22 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from stillroom import hub
-from stillroom.adapt.masked import TextClassifier, load_masked_images, load_masked_text, patchify
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, NonNegative, Share
+from stillroom.adapt.masked import TextClassifier, patchify
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, NonNegative, Share
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
 from stillroom.data.images import ImageData, Split, balanced_rows, of_classes
 from stillroom.data.load import ImageConfig
 from stillroom.data.text import TextData, load_texts
-from stillroom.errors import UserError
+from stillroom.lm.masked import load_masked_text
 from stillroom.losses.divergences import cross_entropy
 from stillroom.metrics.classification import ClassificationMetrics, evaluate
-from stillroom.optim import Optimizer
-from stillroom.run import Run
+from stillroom.vision import saving
+from stillroom.vision.masked import load_masked_images
 
 POINTS = 10
 """Times that a round's held-out error is measured, for the report's picture."""
@@ -96,6 +98,8 @@ def full() -> Config:
     )  # fmt: skip
 
 
+TINY = {"checkpoint_steps": 4, "steps": 4, "batch_size": 24, "finetune_steps": 4, "finetune_batch": 24}
+FSDP2 = "accuracy"
 ARMS: dict[str, dict[str, Any]] = {
     "fine-tuning": {"steps": 0, "rounds": 0},
     "further pre-training": {"rounds": 0},
@@ -199,7 +203,7 @@ def pretrain(
             parts["kd"] = kd_weight * (hidden - known).square().sum(-1)
         stage.update(optimizer, **parts)
         point, rest = divmod((step + 1) * POINTS, steps)
-        if rest < POINTS and point and stage.chunk + 1 == stage.accumulate:
+        if rest < POINTS and point and stage.last_chunk:
             curve[point - 1] = heldout(stage.unwrap(model), test)
     return stage.unwrap(model), curve
 
@@ -264,4 +268,4 @@ def draw(axes: Any, curves: list[Tensor], every: float) -> None:
 
 
 def save(classifier: nn.Module, folder: Path) -> None:
-    classifier.save(folder) if isinstance(classifier, TextClassifier) else hub.save_classifier(classifier, folder)
+    classifier.save(folder) if isinstance(classifier, TextClassifier) else saving.save_classifier(classifier, folder)

@@ -21,17 +21,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, Positive
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, Positive
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.data.sequences import BackCopy, windows
-from stillroom.errors import UserError
 from stillroom.lm.diagnostics import attention_maps, first_token_share, gate_scores, massive_activation, spikes
 from stillroom.lm.teachers import save_causal
 from stillroom.lm.tokenizer import Characters
 from stillroom.losses.divergences import cross_entropy
 from stillroom.nets.decoder import Attention, Decoder, GateOptions, gated_hidden, rotary
-from stillroom.optim import Optimizer
-from stillroom.run import Run
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def full() -> Config:
 
 EARLY = {"steps": 300, "sink_steps": 0}
 HOT = {"optimizer.lr": 0.1, "sink_steps": 0}
+TINY = {"sink_steps": 4, "steps": 4}
+FSDP2 = "ce"
 ARMS = {
     "none": {"gate": "none"},
     "elementwise": {},

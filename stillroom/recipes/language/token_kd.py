@@ -28,10 +28,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.claims import Claim
-from stillroom.config import Count, Natural, NonNegative, Positive, Share
+from stillroom.catalogue.claims import Claim
+from stillroom.core.config import Count, Natural, NonNegative, Positive, Share
+from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.data.sequences import BackCopy, Rows, shuffled
-from stillroom.errors import UserError
 from stillroom.lm.cache import Capture, TeacherCache, capture
 from stillroom.lm.chunked import chunked_loss
 from stillroom.lm.crosstok import Paired, group_divergence, group_loss, require_same
@@ -42,8 +44,6 @@ from stillroom.lm.tokenizer import Characters, Known, fingerprint
 from stillroom.losses.tokens import Name, align
 from stillroom.metrics.modes import eval_mode
 from stillroom.nets.decoder import Decoder
-from stillroom.optim import Optimizer
-from stillroom.run import Run
 
 BASELINE = True
 
@@ -104,6 +104,7 @@ def full() -> Config:
     )  # fmt: skip
 
 
+TINY = {"teacher_steps": 4, "steps": 4}
 ARMS = {
     "plain": {"kd_weight": 0.0, "ce_weight": 1.0},
     "word": {},

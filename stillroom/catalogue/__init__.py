@@ -1,0 +1,1 @@
+"""The recipes as things that one lists, runs, proves and publishes."""

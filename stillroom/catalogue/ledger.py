@@ -1,0 +1,83 @@
+"""The ledger: the committed record of claims checked, one file a recipe, and the page written from it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stillroom.core.store import write_atomic
+
+FRESH = "fresh-seeds"
+
+
+def ledger_folder() -> Path:
+    """Where ledgers are written: this checkout's `ledger/`, or `./ledger` when Stillroom is an installed package."""
+    checkout = Path(__file__).parents[2] / "ledger"
+    return checkout if (checkout.parent / "pyproject.toml").exists() else Path("ledger")
+
+
+def read_ledger(folder: Path | None = None, *, fresh: bool = False) -> dict[str, dict[str, Any]]:
+    """Ledger entries by recipe: those that came with the package, and those in `folder` over them; or those from fresh seeds."""
+    entries = {}
+    for place in (Path(__file__).parents[1] / "ledger", folder or ledger_folder()):
+        for file in sorted((place / FRESH if fresh else place).glob("*.json")):
+            entries[file.stem] = json.loads(file.read_text())
+    return entries
+
+
+def write_ledger(entry: dict[str, Any], folder: Path | None = None) -> Path:
+    """NAME.json, or FRESH/NAME.json when the seeds did not start at 0: what the ledger says is only replaced on its own seeds."""
+    folder = (folder or ledger_folder()) / (FRESH if entry["first_seed"] else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{entry['recipe']}.json"
+    write_atomic(file, json.dumps(entry, indent=1, default=float) + "\n")
+    return file
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def interval(claim: Mapping[str, Any]) -> str:
+    """A claim's mean difference with its 95 % interval, for people."""
+    low = "-∞" if claim["low"] is None else number(claim["low"])
+    high = "∞" if claim["high"] is None else number(claim["high"])
+    return f"{number(claim['difference'])} [{low}, {high}]"
+
+
+def as_markdown(entries: dict[str, dict[str, Any]], fresh: dict[str, dict[str, Any]] | None = None) -> str:
+    """docs/ledger.md: per recipe its claims, paper beside ours, and the means of every arm; beside each claim its verdict on fresh seeds
+    where there is one."""
+    lines = [
+        "# The ledger",
+        "",
+        "Written by `stillroom ledger` from `ledger/*.json`, which `stillroom verify` writes. *Difference* is the mean paired difference "
+        "in the claimed direction with its 95 % interval; a claim *holds* when the whole interval lies beyond the margin. *Fresh seeds*: "
+        "the same on others, by which nothing was chosen (`stillroom verify NAME --first-seed 5`).",
+    ]
+    for name, entry in entries.items():
+        lines += ["", f"## {name}", "", f"{entry['seeds']} seeds, {entry['processor']}, torch {entry['versions']['torch']}.", ""]
+        again = {c["text"]: c for c in (fresh or {}).get(name, {}).get("claims", [])}
+        lines += ["| claim | metric | arm | versus | difference | margin | verdict | fresh seeds | paper |", "|---" * 9 + "|"]
+        for c in entry["claims"]:
+            versus = c["versus"] if isinstance(c["versus"], str) else number(c["versus"])
+            cells = [c["text"], f"{c['metric']} ({c['better']})", c["arm"], versus, interval(c), number(c["margin"]), f"**{c['verdict']}**"]
+            cells += [f"{other['verdict']}, {interval(other)}" if (other := again.get(c["text"])) else "", c["paper"]]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        names = list(dict.fromkeys(k for arm in entry["arms"].values() for m in arm["metrics"].values() for k in m))
+        lines += ["", "| arm | " + " | ".join(names) + " | seconds |", "|---|" + "---|" * (len(names) + 1)]
+        for arm, record in entry["arms"].items():
+            columns = [[m[k] for m in record["metrics"].values() if k in m] for k in names]
+            cells = [_spread(column) for column in columns]
+            lines.append(f"| {arm} | " + " | ".join(cells) + f" | {record['seconds']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float | None]) -> str:
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values):
+        return "not finite"
+    return f"{statistics.fmean(finite):.4g} ± {statistics.stdev(finite) if len(finite) > 1 else 0:.2g}" if finite else ""

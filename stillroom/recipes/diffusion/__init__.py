@@ -1,1 +1,0 @@
-"""Few-step generators and other diffusion students."""
