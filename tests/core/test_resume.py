@@ -68,7 +68,7 @@ def small(folder: Path, **settings) -> Run:
 def test_ctrl_c_saves_and_continues(tmp_path: Path) -> None:
     class Stopping(Run):
         def update(self, *args, **parts):
-            if self.step == 11:
+            if self.finite.step == 11:
                 os.kill(os.getpid(), 2)
             return super().update(*args, **parts)
 
