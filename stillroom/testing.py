@@ -150,7 +150,7 @@ def recording(watch: Mapping[str, Any] | None = None) -> Iterator[Trace]:
 
             def called(module: nn.Module, args: tuple, keywords: dict, result: Any) -> None:
                 grad = torch.is_grad_enabled()
-                seen.called.append(Call(name, **place(run), args=_kept(args), keywords=_kept(keywords), result=_kept(result), grad=grad,
+                seen.called.append(Call(name, **place(latest[0] if latest else run), args=_kept(args), keywords=_kept(keywords), result=_kept(result), grad=grad,
                                         training=module.training))  # fmt: skip
 
             hooks.append(net.register_forward_hook(called, with_kwargs=True))
