@@ -149,9 +149,9 @@ def recording(watch: Mapping[str, Any] | None = None) -> Iterator[Trace]:
         if isinstance(net, nn.Module) and known is None:
 
             def called(module: nn.Module, args: tuple, keywords: dict, result: Any) -> None:
-                grad = torch.is_grad_enabled()
-                seen.called.append(Call(name, **place(latest[0] if latest else run), args=_kept(args), keywords=_kept(keywords), result=_kept(result), grad=grad,
-                                        training=module.training))  # fmt: skip
+                given = {"args": _kept(args), "keywords": _kept(keywords), "result": _kept(result)}
+                here = place(latest[0] if latest else run)
+                seen.called.append(Call(name, **here, **given, grad=torch.is_grad_enabled(), training=module.training))
 
             hooks.append(net.register_forward_hook(called, with_kwargs=True))
 
