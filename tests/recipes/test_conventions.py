@@ -12,7 +12,7 @@ from stillroom.catalogue.command import RunOptions
 from stillroom.core.config import check, flatten, override
 
 KEYWORDS = {"data", "target", "teacher", "student", "setting", "sandbox"}
-"""The user's own parts: what they replace is the same everywhere. A target is a second task; a sandbox is hgm's, which runs what it writes."""
+"""The user's own parts: what they replace is the same everywhere. A target is a second task; a sandbox runs what hgm writes."""
 
 
 @pytest.fixture(params=list(cards.cards()))
