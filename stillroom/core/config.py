@@ -7,7 +7,7 @@ the same declaration.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
@@ -80,12 +80,3 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, field.name)
         flat |= flatten(value, f"{prefix}{field.name}.") if dataclasses.is_dataclass(value) else {prefix + field.name: value}
     return flat
-
-
-def refuse_idle(config: Any, presets: Iterable[Any], why: str, *names: str) -> None:
-    """UserError for the first of `names` (fields, or groups of them) that holds a value which no preset gives it: it was asked for, and
-    would be ignored, for the reason `why`."""
-    given, usual = flatten(config), [flatten(preset) for preset in presets]
-    for key, value in given.items():
-        if any(key == name or key.startswith(f"{name}.") for name in names) and all(value != preset[key] for preset in usual):
-            raise UserError(f"--{key.replace('_', '-')} {value} has no effect {why}: leave it out.", code=2)
