@@ -13,7 +13,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from stillroom.catalogue import cards, claims
+from stillroom.catalogue import cards
 from stillroom.catalogue import ledger as ledgers
 from stillroom.core.config import Count, Natural
 from stillroom.core.errors import UserError
@@ -135,6 +135,8 @@ def verify(
     from rich.markup import escape
     from rich.table import Table
     from tqdm import tqdm
+
+    from stillroom.catalogue import claims
 
     if (name is None) == (not all):
         raise UserError("give the name of a recipe, or --all.", code=2)

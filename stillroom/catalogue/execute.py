@@ -21,8 +21,10 @@ def execute(name: str, config: Any, run: Run, *, arm: str | None = None, **keywo
     UserError for a value out of range, when the folder holds another recipe, seed or config, and for FSDP2 with a recipe that does not
     declare it (`FSDP2 = METRIC`: the metric by which tests see that a sharded run learns what another one does).
     """
-
     configs.check(config)
+    recipe = load(name)
+    if run.engine.sharded and not hasattr(recipe, "FSDP2"):
+        raise UserError(f"{name} does not run under FSDP2 (docs/running.md); use --engine ddp.", code=2)
     given = {"recipe": name, "arm": arm, "seed": run.seed, "precision": run.engine.precision, "config": configs.flatten(config)}
     given = json.loads(json.dumps(given, default=str))
     before = read_config(run.folder)
@@ -33,9 +35,6 @@ def execute(name: str, config: Any, run: Run, *, arm: str | None = None, **keywo
     done = run.folder / "result.json"
     if done.exists():
         return json.loads(done.read_text())
-    recipe = load(name)
-    if run.engine.sharded and not hasattr(recipe, "FSDP2"):
-        raise UserError(f"{name} does not run under FSDP2 (docs/running.md); use --engine ddp.", code=2)
     metrics = recipe.main(config, run, **keywords)
     result = {
         **given,

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stillroom.core.store import write_atomic
-
 FRESH = "fresh-seeds"
 
 
@@ -30,6 +28,8 @@ def read_ledger(folder: Path | None = None, *, fresh: bool = False) -> dict[str,
 
 def write_ledger(entry: dict[str, Any], folder: Path | None = None) -> Path:
     """NAME.json, or FRESH/NAME.json when the seeds did not start at 0: what the ledger says is only replaced on its own seeds."""
+    from stillroom.core.store import write_atomic  # with torch, which reading does without
+
     folder = (folder or ledger_folder()) / (FRESH if entry["first_seed"] else "")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{entry['recipe']}.json"

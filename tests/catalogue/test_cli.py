@@ -18,7 +18,7 @@ from stillroom.catalogue import cards
 from stillroom.cli import main
 from stillroom.core.engine import make
 from stillroom.core.run import Run
-from tests.core.conftest import TINY, files, python, refused
+from tests.command import TINY, files, python, refused
 
 ROOT = Path(__file__).parents[2]
 

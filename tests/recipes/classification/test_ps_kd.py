@@ -71,7 +71,7 @@ def test_the_memory_survives_a_kill(tmp_path) -> None:
         dies = False
 
         def update(self, *args, **parts):
-            if self.dies and self.step == 5:
+            if self.dies and self.finite.step == 5:
                 raise RuntimeError("killed")
             return super().update(*args, **parts)
 

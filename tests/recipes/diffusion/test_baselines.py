@@ -24,8 +24,7 @@ from stillroom.nets.denoisers import UNet
 from stillroom.recipes.diffusion import consistency, dmd2
 from stillroom.recipes.diffusion.consistency import consistency_loss
 from stillroom.testing import assert_grads
-
-from .tiny import FLOWS, PIPELINES, size, untrained
+from tests.diffusion.tiny import FLOWS, PIPELINES, size, untrained
 
 DMD: dict[str, Any] = {"updates": 2, "fake_updates": 2, "batch": 4, "evaluate": 16}
 CD: dict[str, Any] = {"updates": 3, "batch": 4, "evaluate": 16, "bank": 6, "levels": 5}
