@@ -185,6 +185,8 @@ def ledger(folder: Path | None = None, out: Path = Path("docs/ledger.md"), stale
 
     if stale:
         return print("\n".join(ledgers.stale(folder)) or "every entry was made by today's code")
+    if out.is_dir() or not out.name:
+        raise UserError(f"--out {out} is a folder: name a file, such as {out / 'ledger.md'}.", code=2)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, ledgers.as_markdown(ledgers.read_ledger(folder), ledgers.read_ledger(folder, fresh=True)))
     print(out)

@@ -333,9 +333,8 @@ def rewrite(source, failures, seed):
 @contextmanager
 def strictest() -> Iterator[Sandbox]:
     """The strictest sandbox of this system: namespaces and a system call filter where there are some, else limits on a process."""
-    limits = isolation.Limits(seconds=5.0, memory_mb=512, output=1_000_000)
     try:
-        box = isolation.Sandbox(limits=limits)
+        box = isolation.Sandbox(limits=isolation.Limits(output=1_000_000))  # answers are printed
         box.run("")
     except UserError:
         yield run_function

@@ -163,6 +163,7 @@ def test_correlation_from_summed_moments():
     weight = rng.integers(1, 5, size=50)  # a weight is so many equal pairs
     whole = stats.pearsonr(np.repeat(x, weight), np.repeat(y, weight)).statistic
     assert hgm.correlation(hgm.moments_of(list(x), list(y), list(weight))) == pytest.approx(whole)
+    assert hgm.correlation(hgm.moments_of([0.0, 0.01], [0.01, 0.0], [1.0, 1.0])) == pytest.approx(-1.0)
     assert hgm.correlation(hgm.moments_of([1.0, 1.0], [1.0, 2.0], [1.0, 1.0])) == 0.0
     assert hgm.correlation(hgm.moments_of([1.0, 2.0], [1.0, 1.0], [1.0, 1.0])) == 0.0
     assert hgm.correlation(hgm.moments_of([], [], [])) == 0.0
@@ -242,9 +243,10 @@ def test_programs_are_shown_their_failures_and_judged_on_unseen_nouns(tmp_path):
         calls.append((source, name, args))
         return here(source, name, args)
 
-    with Run(tmp_path / "r", 2, plots=False) as run:
+    with Run(tmp_path / "r", 2, plots=False) as run, mock.patch.object(run, "html") as html:
         seen = trace(hgm, run, {"problem": "program"}, watch=["accuracy", "search"], sandbox=recording)
         (row,) = run.rows
+    assert html.call_count == 1
     nouns, budget, tasks = plurals(), hgm.TINY["budget"], hgm.TINY["tasks"]
     searches = seen.calls("search")
     for repeat, call in enumerate(searches):
