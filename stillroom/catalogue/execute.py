@@ -34,7 +34,7 @@ def execute(name: str, config: Any, run: Run, *, arm: str | None = None, **keywo
         write_atomic(run.folder / "config.json", json.dumps(given, indent=1))
     done = run.folder / "result.json"
     if done.exists():
-        return json.loads(done.read_text())
+        return read_result(run.folder)
     metrics = recipe.main(config, run, **keywords)
     result = {
         **given,
@@ -67,6 +67,30 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         found = None
     if not isinstance(found, dict) or not {"recipe", "arm", "seed", "config"} <= found.keys():
         raise UserError(f"{folder} does not look like a run folder (its config.json is not a run's): choose another --out.", code=2)
+    return found
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """A finished run's result.json. UserError when there is none, or when it is damaged."""
+    file = folder / "result.json"
+    if not file.exists():
+        raise UserError(f"{folder} holds no finished run (no result.json); continue it with its `stillroom run` command first.")
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        found = None
+    shape = {
+        "recipe": str,
+        "arm": str | None,
+        "seed": int,
+        "precision": str,
+        "config": dict,
+        "metrics": dict,
+        "rows": list,
+        "seconds": float | int,
+    }
+    if not isinstance(found, dict) or not all(key in found and isinstance(found[key], kind) for key, kind in shape.items()):
+        raise UserError(f"{file} is damaged. Delete it, and give the run's command again: its checkpoints are still there.")
     return found
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from stillroom import cli
 from stillroom.catalogue import cards, command, report
+from stillroom.catalogue.execute import read_result
 from stillroom.cli import main
 from stillroom.core import config as configs
 from stillroom.core import pictures
@@ -241,7 +242,7 @@ def test_compare_puts_runs_side_by_side(runs: Path, capsys) -> None:
     assert page.rows(-1)[0] == ["flag", "r", "changed"]
     assert page.marked()["temperature"] == ["4.0", "2.5"]
     commands = [block for block in page.blocks if block.startswith("stillroom run")]
-    assert commands == [report.command(report.read(runs / name)) for name in ("r", "changed")]
+    assert commands == [report.command(read_result(runs / name)) for name in ("r", "changed")]
 
 
 def test_text_from_outside_cannot_become_markup(runs: Path, tmp_path: Path) -> None:
