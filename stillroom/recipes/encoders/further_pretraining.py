@@ -149,9 +149,9 @@ def main(cfg: Config, run: Run, *, data: ImageData | TextData | None = None, mod
             student, curve = pretrain(stage, settings, begin, teacher, target.train, target.test)
         teacher = student
         curves.append(curve)
-        run.row(f"round {t}", heldout=heldout(student, target.test), distance=distance(student, checkpoint))
+        run.row(f"round {t}", heldout=float(heldout(student, target.test)), distance=distance(student, checkpoint))
 
-    metrics = {"heldout": heldout(student, target.test), "distance": distance(student, checkpoint)}
+    metrics = {"heldout": float(heldout(student, target.test)), "distance": distance(student, checkpoint)}
     net, images = student.classifier(len(target.classes), cfg.finetune_dropout), isinstance(target, ImageData)
     look = augmenter(cfg.finetune_augment, target.size) if images else lambda ids: ids
     net = trained.fit(run, "student", net, target.train, cfg.finetune_steps, cfg.finetune_optimizer, cfg.finetune_batch, look)
@@ -249,8 +249,8 @@ def marks(steps: int) -> dict[int, int]:
 
 
 @torch.no_grad()
-def heldout(model: Any, test: Split, most: int = 512) -> float:
-    """Reconstruction error of at most `most` test inputs under masks that are the same for every model; in eval mode."""
+def heldout(model: Any, test: Split, most: int = 512) -> Tensor:
+    """The mean reconstruction error of at most `most` test inputs under masks that are the same for every model; in eval mode."""
     mode = model.training
     model.eval()
     with torch.random.fork_rng(devices=[]):
@@ -258,7 +258,7 @@ def heldout(model: Any, test: Split, most: int = 512) -> float:
         rows = torch.arange(min(most, len(test))).split(64)
         values = torch.cat([model(test.take(index).images, hidden=False)[0] for index in rows])
     model.train(mode)
-    return float(values.mean())
+    return values.mean()
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------------------

@@ -206,6 +206,8 @@ def start_of(seen):
 
 
 def test_outer_steps_look_at_one_network_and_let_it_learn_from_the_updated_set(run, pools, data):
+    common = torch.Generator()
+    common.set_state(run.common.get_state())
     seen = traced(run, data, {"steps": 8, "optimizer.schedule": "constant"})
     distilled, pixels, targets = start_of(seen)
     source = seen.calls("distil")[0].args[2]
@@ -215,7 +217,7 @@ def test_outer_steps_look_at_one_network_and_let_it_learn_from_the_updated_set(r
         assert what == "learn"
         ages[slot] += 1
         torch.testing.assert_close(given, [pixels, targets])
-    assert set(ages) <= {1, 2}  # 1 to lifetime - 1
+    assert ages == torch.randint(1, 3, (2,), generator=common).tolist()  # 1 to lifetime - 1
 
     looks, learns = pools[first::2], pools[first + 1 :: 2]
     assert [entry[0] for entry in pools[first:]] == ["look", "learn"] * 8
@@ -246,6 +248,20 @@ def test_outer_steps_look_at_one_network_and_let_it_learn_from_the_updated_set(r
     images = seen.calls("pretrain")[0].args[3]
     assert torch.equal(images, distilled.pixels.detach())
     assert not seen.moved("frozen 0")
+
+
+def test_the_chunks_of_a_step_look_at_one_network_which_learns_once(tmp_path, pools, data):
+    with Run(tmp_path / "run", 0, plots=False, accumulate=2) as run:
+        changes = {"steps": 6, "lifetime": 12, "pretrain_batch": 4, "barlow_twins.batch_size": 16, "repeats": 1, "others": ()}
+        seen = traced(run, data, changes)
+    first = next(i for i, entry in enumerate(pools) if entry[0] == "look")
+    grown = [[entry[1] for entry in pools[:first]].count(slot) for slot in (0, 1)]
+    assert grown[0] != grown[1]
+    assert [entry[0] for entry in pools[first:]] == ["look", "look", "learn"] * 6
+    slots = [entry[1] for entry in pools[first:]]
+    assert slots[::3] == slots[1::3] == slots[2::3]
+    assert set(slots) == {0, 1}
+    assert [update.chunk for update in seen.updates("distilled")] == [0, 1] * 6
 
 
 @pytest.mark.parametrize(("learn", "moved"), [("images", (True, False)), ("targets", (False, True)), ("both", (True, True))])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from stillroom.adapt.masked import patchify
 from stillroom.core.config import override
 from stillroom.core.engine import make
 from stillroom.core.errors import UserError
@@ -46,6 +47,21 @@ def traced(run, changes=None, **keywords):
 @pytest.fixture
 def digits():
     return load_images("digits", seed=0, limit=100)
+
+
+class Perfect:
+    """Predicts every patch's normalised pixels, `scale` times too strongly, with the left half hidden."""
+
+    def __init__(self, scale: float):
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def eval(self):
+        return self
+
+    def reconstruct(self, images):
+        pixels = patchify(images, 4)
+        normalised = (pixels - pixels.mean(-1, keepdim=True)) / pixels.std(-1, keepdim=True)
+        return self.scale * normalised, normalised, torch.tensor([1.0, 0, 1, 0]).expand(len(images), -1)
 
 
 @pytest.fixture
@@ -111,9 +127,18 @@ def test_held_out_error_is_the_mean_over_inputs_in_eval_mode(digits):
 
     means = digits.test.images().flatten(1).mean(1)
     net = Model().eval()
-    assert recipe.heldout(net, digits.test) == pytest.approx(float(means.mean()))
-    assert recipe.heldout(net, digits.test, most=70) == pytest.approx(float(means[:70].mean()))
+    torch.testing.assert_close(recipe.heldout(net, digits.test), means.mean())
+    torch.testing.assert_close(recipe.heldout(net, digits.test, most=70), means[:70].mean())
     assert not net.training
+
+
+def test_a_perfect_prediction_reconstructs_the_image(digits):
+    images = digits.test.images()[:4]
+    assert not recipe.reconstructions(Perfect(1.0), digits.test, 4).requires_grad
+    torch.testing.assert_close(recipe.reconstructions(Perfect(1.0), digits.test, 4)[8:], images)
+    strong = recipe.reconstructions(Perfect(9.0), digits.test, 4)[8:]
+    assert (float(strong.min()), float(strong.max())) == (0.0, 1.0)
+    assert torch.equal(strong[..., 4:], images[..., 4:])  # what was shown is shown again
 
 
 # -- the rounds --------------------------------------------------------------------------------------------------------------------
@@ -153,7 +178,7 @@ def test_students_restart_from_the_checkpoint_and_learn_from_the_round_before(ru
 
     assert seen.metrics["heldout"] == recipe.heldout(rounds[2], target.test)
     assert seen.metrics["distance"] == pytest.approx(recipe.distance(rounds[2], made))
-    assert [row["heldout"] for row in run.rows[:3]] == pytest.approx([recipe.heldout(net, target.test) for net in rounds])
+    assert [row["heldout"] for row in run.rows[:3]] == pytest.approx([float(recipe.heldout(net, target.test)) for net in rounds])
     assert [row["distance"] for row in run.rows[:3]] == pytest.approx([recipe.distance(net, made) for net in rounds])
     assert (source.classes, target.classes) == (tuple("01234"), tuple("56789"))
 
@@ -161,10 +186,14 @@ def test_students_restart_from_the_checkpoint_and_learn_from_the_round_before(ru
 def test_the_held_out_error_is_measured_as_a_round_goes(run):
     seen = traced(run, {"rounds": 0})
     curve, measured = seen.calls("pretrain")[-1].result[1], seen.calls("heldout", "round-0")[:10]
-    torch.testing.assert_close(curve, torch.tensor([call.result for call in measured]))
+    torch.testing.assert_close(curve, torch.stack([call.result for call in measured]))
     assert [call.step for call in measured] == list(recipe.marks(12))
     assert not curve.isnan().any()
     assert float(curve[-1]) == pytest.approx(seen.metrics["heldout"])
+    with Run(run.folder.with_name("again"), 0, engine=run.engine, store=run.store, plots=False) as other:
+        again = traced(other, {"rounds": 0})
+    assert not again.updates("model")
+    assert torch.equal(again.calls("pretrain")[-1].result[1], curve)  # it is kept with the round
 
 
 def test_the_checkpoint_is_made_of_the_source_by_its_own_settings(run):
@@ -176,6 +205,7 @@ def test_the_checkpoint_is_made_of_the_source_by_its_own_settings(run):
     assert all(torch.equal(call.args[0], Batches(source.train, 16, run.seed)(step).images) for step, call in enumerate(calls))
     assert seen.nets["model"].ratio == 0.75
     # without a round, it is what is measured and fine-tuned
+    assert "model'" not in seen.nets
     assert seen.metrics["distance"] == 0.0
     assert seen.metrics["heldout"] == recipe.heldout(seen.nets["model"], target.test)
     assert len(source.train) > len(target.train) == 10
