@@ -117,11 +117,9 @@ HOSTILE = {
     "a long forged outcome": to_all(
         "os.write(fd, line)", "line = b'{\"done\": {\"output\": \"' + b'x' * 100_000 + b'\", \"error\": \"e\", \"state\": \"\"}}\\n'"
     ) + "while True: pass",
-    "unreadable folders": (
-        "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nos.chmod('a/b', 0)\nos.chmod('a', 0)\nraise SystemExit"
-    ),
+    "unreadable folders": "import os\nos.mkdir('a', 0o300)\nopen('a/b', 'w').close()\nraise SystemExit",
     "many files": f"for i in range(100_000): open(str(i), 'w').close()\nprint('{THROUGH}')",
-    "keeping its folder": "import os\nos.mkdir('left')\nopen('left/file', 'w').write('x')\nos.chmod('left', 0)\nos._exit(0)",
+    "an unreadable folder at its end": "import os\nos.mkdir('left', 0o300)\nopen('left/file', 'w').close()\nos._exit(0)",
     "exiting": "import os\nos._exit(0)",
     "raising exit": "raise SystemExit",
     "crashing": "import ctypes\nctypes.string_at(0)",
