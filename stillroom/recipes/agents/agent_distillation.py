@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from stillroom.catalogue.claims import Claim
@@ -29,18 +28,18 @@ from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.data.entities import ALPHABET, SYMBOLS, Part, Question, World, make_world
-from stillroom.data.sequences import Rows, shuffled
+from stillroom.data.sequences import Rows
 from stillroom.lm.agent import Chat, Episode, Policy, Workbench, first_thoughts, read_published, rollout
-from stillroom.lm.chunked import chunked_loss
 from stillroom.lm.generate import generate, reply
 from stillroom.lm.sandbox import Limits, Sandbox
 from stillroom.lm.server import Server
 from stillroom.lm.teachers import load_causal, save_causal
-from stillroom.lm.text import chats, head, states
+from stillroom.lm.text import chats
 from stillroom.lm.tokenizer import Characters
 from stillroom.lm.traces import Trace, render, tokenize, write
+from stillroom.lm.train import sft
 from stillroom.lm.verify import after, gsm8k, last_number, numbers
-from stillroom.losses.tokens import IGNORE, align
+from stillroom.losses.tokens import IGNORE
 from stillroom.nets.decoder import Decoder
 
 
@@ -313,18 +312,6 @@ def to_rows(tokenizer: Any, traces: Sequence[Trace], everything: bool, length: i
     if long == len(rows):
         raise UserError(f"All {long} trajectories are longer than {length} tokens: raise --length.")
     return Rows.of([row for row in rows if len(row[0]) <= length], length)
-
-
-def train_step(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, batch: Rows) -> None:
-    hidden, labels = align(states(net, batch), batch.labels.to(run.device))
-    out = chunked_loss(hidden, head(run.unwrap(net)), labels, ce_weight=1.0)
-    count = out.tokens.clamp(min=1)
-    run.update(optimizer, ce=(out.loss * count)[None], count=count)
-
-
-def sft(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows, steps: int, batch_size: int) -> None:
-    for step in run.steps(steps):
-        train_step(run, net, optimizer, rows.take(run.shard(shuffled(len(rows), batch_size, run.seed, step)).cpu()))
 
 
 # -- real questions ----------------------------------------------------------------------------------------------------------------

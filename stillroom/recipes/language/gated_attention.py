@@ -237,8 +237,8 @@ def language(cfg: Config, seed: int) -> Text:
 
 def train(cfg: Config, run: Run, optimizer: Optimizer, gate: GateOptions | None, text: Text) -> tuple[Decoder, list[float]]:
     hidden = cfg.hidden
-    if gate is not None and gate.input_dependent:
-        hidden = gated_hidden(cfg.width, cfg.hidden, cfg.heads, gate.granularity)
+    if gate is not None:
+        hidden = gated_hidden(cfg.width, cfg.hidden, cfg.heads, gate, cfg.kv_heads or None)
     net = Decoder(
         len(text.tokenizer), cfg.width, cfg.layers, cfg.heads, kv_heads=cfg.kv_heads or None, hidden=hidden, rope_base=cfg.rope_base,
         tied=False, gate=gate,

@@ -12,8 +12,9 @@ from stillroom.core.run import Run
 from stillroom.core.store import Store
 from stillroom.data.sequences import Rows, shuffled, windows
 from stillroom.lm.crosstok import Read
+from stillroom.lm.output import head
 from stillroom.lm.teachers import load_causal
-from stillroom.lm.text import chats, continued, head, read_rows, read_texts, states
+from stillroom.lm.text import chats, continued, read_rows, read_texts, states
 from stillroom.recipes.language import token_kd as recipe
 
 SMALL = {"teacher_steps": 3, "steps": 3, "limit": 12, "test_limit": 6, "batch_size": 4, "length": 12}
@@ -90,7 +91,7 @@ def test_layers_are_spread_and_copied(real):
 def test_states_with_the_head_are_the_logits_of_either_kind_of_model(real, tokenizer, model):
     rows = Rows.of([([1, 2, 3, 4, 5], [-100] * 5), ([6, 7], [-100] * 2)], 9)
     for net in (model, load_causal(f"hf:{real / 'teacher'}")[0]):
-        logits = states(net.eval(), rows) @ head(net).T
+        logits = head(net).logits(states(net.eval(), rows))
         torch.testing.assert_close(logits[0], net(rows.ids[:1]).logits[0])
         torch.testing.assert_close(logits[1, :2], net(torch.tensor([[6, 7]])).logits[0])
 
