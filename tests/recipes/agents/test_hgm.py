@@ -196,9 +196,15 @@ def test_one_seed_is_a_block_of_worlds_met_under_every_condition(tmp_path):
     assert all(archive.finished == cfg.budget for archive in mismatch)
 
 
+def frail(source, name, args):
+    if name == "rewrite" and args[2] % 2:
+        raise SandboxError("every other rewrite fails")
+    return here(source, name, args)
+
+
 @pytest.mark.parametrize("problem", ["simulator", "program"])
 def test_killed_in_its_second_search_it_continues(tmp_path, problem):
-    words = {"changes": {"problem": problem}} | ({"sandbox": here} if problem == "program" else {})
+    words = {"changes": {"problem": problem}} | ({"sandbox": frail} if problem == "program" else {})
     straight = finish("hgm", tmp_path / "straight", **words)
     with mock.patch.object(Run, "log", side_effect=[None, Killed]), pytest.raises(Killed):
         finish("hgm", tmp_path / "killed", **words)
