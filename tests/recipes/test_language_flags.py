@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from stillroom.catalogue import cards
-from stillroom.cli import RunOptions
+from stillroom.catalogue.command import RunOptions
 from stillroom.core.config import check
 
 
