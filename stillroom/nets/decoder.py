@@ -169,11 +169,11 @@ class Attention(nn.Module):
         out = self.o(mixed.flatten(2))
         return self.gate(x, out.unsqueeze(2)).squeeze(2) if self.position == "projected" else out
 
-    def weights(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None = None, *_: Any) -> Tensor:
+    def weights(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None = None, *context: Any) -> Tensor:
         """Attention probabilities (B, H, n, n) without a cache, recomputed because the fused kernel keeps none."""
         query, key, _ = self.heads_of(x, turn)
         key = key.repeat_interleave(self.heads // self.kv_heads, 1)
-        scores: Tensor = query @ key.transpose(-1, -2) / self.channels**0.5
+        scores = query @ key.transpose(-1, -2) / self.channels**0.5
         if mask is None and self.causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
         return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)

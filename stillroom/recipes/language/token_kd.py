@@ -20,7 +20,6 @@ Left out: students that learn from a teacher's writing inside the on-policy loop
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -147,6 +146,9 @@ def main(
     """Teacher, cache, student, metrics. `teacher` (a model and its tokenizer) and `student` (a model, and its tokenizer if it has another)
     replace what the config names."""
     check_flags(cfg)
+    for who, given in (("teacher", teacher), ("student", student)):  # those that are loaded by name are compared there
+        if given is not None:
+            require_head(given[0] if isinstance(given, tuple) else given, f"The {who}")
     model, tokenizer = teacher or find_teacher(cfg, run)
     model = run.frozen(model)
     if student is None:
@@ -157,8 +159,6 @@ def main(
     for who, net in (("student", student),) if pairs else (("teacher", model), ("student", student)):
         if (room := context(net, cfg.length)) < train.ids.shape[1]:
             raise UserError(f"Sequences of {train.ids.shape[1]} tokens exceed the {who}'s context of {room}: lower --length.")
-    for who, net in (("teacher", model), ("student", student)):
-        require_head(net, f"The {who}")
     exact = None if pairs else capture(run.store.folder, model, tokenizer, test.lists(), Capture("states"), progress=run.progress)
     if cfg.mode == "sequence":
         train = written(cfg, run, model, tokenizer, train)
@@ -168,7 +168,6 @@ def main(
     signal, cache = (lambda index, batch: None, cache) if pairs else corpus_signal(cfg, run, model, tokenizer, train)
 
     net, optimizer = run.trainable("student", student, cfg.optimizer)
-    started, read = time.monotonic(), 0
     for step in run.steps(cfg.steps):
         index, batch = taken(run, train, cfg.batch_size, step)
         own_text = cfg.mode == "on-policy" and bool(torch.rand((), generator=run.common) < cfg.own_text)
@@ -180,15 +179,13 @@ def main(
         out = across(*rows, index) if across else token_loss(cfg, *rows, teacher_signal, own_text=own_text)
         run.update(optimizer, out.loss, count=out.tokens)
         run.log(ce=out.ce, kd=out.kd)
-        read += int(out.tokens)
-    speed = read / max(time.monotonic() - started, 1e-9)
 
     net = run.unwrap(net)
     metrics = measure(net, test, exact)
     if pairs:
         metrics["group_kl"] = group_divergence(net, keep("text", pairs[1]), pairs[1])
     run.row("teacher", **measure(model, pairs[1].teacher if pairs else test), parameters=parameters(model))
-    run.row("student", **metrics, parameters=parameters(net), tokens_per_second=speed)
+    run.row("student", **metrics, parameters=parameters(net))
     if not pairs:
         metrics["own_kl"] = own_divergence(cfg, run, net, model, tokenizer, test)
         place = int((test.lengths.max() - 1) // 2)
