@@ -11,8 +11,8 @@ from stillroom.catalogue import cards
 from stillroom.catalogue.command import RunOptions
 from stillroom.core.config import check, flatten, override
 
-KEYWORDS = {"data", "target", "teacher", "student", "setting", "sandbox"}
-"""The user's own parts: what they replace is the same everywhere. A target is a second task; a sandbox runs what hgm writes."""
+KEYWORDS = {"data", "target", "pool", "near", "teacher", "student", "setting", "sandbox"}
+"""The user's own parts. Beside the usual ones: a target (a second task), a pool and what is near to its test (ssld), a sandbox (hgm)."""
 
 
 @pytest.fixture(params=list(cards.cards()))

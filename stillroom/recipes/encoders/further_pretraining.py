@@ -132,14 +132,14 @@ class Round:
     kd_weight: float = 0.0
 
 
-def main(cfg: Config, run: Run, *, data: ImageData | TextData | None = None, model: nn.Module | None = None) -> dict[str, float]:
+def main(cfg: Config, run: Run, *, data: ImageData | TextData | None = None, student: nn.Module | None = None) -> dict[str, float]:
     """Make the checkpoint if need be, pre-train further round by round, fine-tune, evaluate.
 
-    `data` (the target) and `model` (a pre-trained one with the forward of `adapt.masked`) replace what the config names.
+    `data` (the target) and `student` (a pre-trained one with the forward of `adapt.masked`) replace what the config names.
     """
     if not cfg.mae_weight and not cfg.kd_weight:
         raise UserError("--mae-weight 0 and --kd-weight 0 leave a student nothing to learn.", code=2)
-    checkpoint, target = find_checkpoint(cfg, run, data, model)
+    checkpoint, target = find_checkpoint(cfg, run, data, student)
     checkpoint = checkpoint.to(run.device)
     student, teacher, curves = checkpoint, None, []
     for t in range(cfg.rounds + 1 if cfg.steps else 0):

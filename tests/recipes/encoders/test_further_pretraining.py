@@ -352,12 +352,12 @@ def test_bad_input_is_named(tmp_path, digits, model):
         with start(tmp_path / "run") as run, pytest.raises(UserError, match=message):
             recipe.main(config(**changes), run)
     with start(tmp_path / "run") as run, pytest.raises(UserError, match="has no effect on a checkpoint"):
-        recipe.main(config(), run, data=digits, model=model)
+        recipe.main(config(), run, data=digits, student=model)
 
 
 def test_a_given_model_is_the_checkpoint_and_given_data_the_target(run, digits, model):
     before = [t.clone() for t in weights(model)]
-    seen = traced(run, {**MADE, "rounds": 0, "steps": 1}, data=digits, model=model)
+    seen = traced(run, {**MADE, "rounds": 0, "steps": 1}, data=digits, student=model)
     assert equal(seen.first["model"], before)
     assert equal(weights(model), before)
     assert seen.calls("task_of")[0].result.classes == digits.classes
