@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Literal
 
 import torch
@@ -33,7 +33,7 @@ from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.data.augment import augmenter
 from stillroom.data.batches import Batches
-from stillroom.data.images import ImageData, MemorySplit, Split, balanced_rows
+from stillroom.data.images import ImageData, MemorySplit, Split, keep_labels
 from stillroom.data.select import copies, pooled, top_per_class
 from stillroom.data.unlabelled import load_unlabelled
 from stillroom.losses.divergences import cross_entropy, jeffreys, jsd, kl, soft_cross_entropy
@@ -138,9 +138,7 @@ def build_pool(cfg: Config, run: Run, data: ImageData, own: Split | None, near: 
         sources.append(load_unlabelled(cfg.pool, data, skip_bad=cfg.skip_bad, cache=run.cached))
     if not sources:
         raise UserError("there is no pool to select from: give --pool FOLDER, or fewer --labelled than --images; or --select none.", code=2)
-    pool = sources[0]
-    for further in sources[1:]:
-        pool = pooled(pool, further)
+    pool = reduce(pooled, sources)
     if half := cfg.polluted // 2:
         draw = torch.Generator().manual_seed(run.seed)
         base = pool.take(torch.randint(len(pool), (half,), generator=draw)).images.cpu()
@@ -187,16 +185,14 @@ def main(
     """
     check(cfg)
     whole = data.to(run.device) if data else cfg.load(run, labelled=cfg.images, transfer=False)
-    rows = balanced_rows(whole.train.labels, cfg.labelled or len(whole.train), torch.Generator().manual_seed(run.seed))
-    rest = torch.ones(len(whole.train), dtype=torch.bool).index_fill_(0, rows, False).nonzero().squeeze(1)
-    unlabelled = whole.train.subset(rest, torch.full_like(rest, -1, device=run.device)) if len(rest) else None
-    data = replace(whole, train=whole.train.subset(rows), transfer=unlabelled)
+    train, unlabelled = keep_labels(whole.train, cfg.labelled or len(whole.train), torch.Generator().manual_seed(run.seed))
+    data = replace(whole, train=train, transfer=unlabelled)
     augment = augmenter(cfg.augment, data.size)
 
     images: Split = data.train
     if cfg.target == "teacher":
-        known = balanced_rows(whole.train.labels, cfg.teacher_labelled or len(whole.train), torch.Generator().manual_seed(run.seed + 1))
-        taught = replace(whole, train=whole.train.subset(known))
+        known, _ = keep_labels(whole.train, cfg.teacher_labelled or len(whole.train), torch.Generator().manual_seed(run.seed + 1))
+        taught = replace(whole, train=known)
         teacher = run.frozen(teacher if teacher is not None else cfg.classifier(run, taught))
         present.classifier(run, "teacher", teacher, data.test)
         if cfg.select != "none":

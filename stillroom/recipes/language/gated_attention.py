@@ -22,6 +22,7 @@ projection (G5): with nothing else in the layer it can silence it as well, so th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal

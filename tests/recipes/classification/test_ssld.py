@@ -15,13 +15,21 @@ from torch import nn
 from stillroom.core.config import override
 from stillroom.core.errors import UserError
 from stillroom.core.run import Run
-from stillroom.data.images import MemorySplit
+from stillroom.data.images import MemorySplit, keep_labels
+from stillroom.data.select import top_per_class
 from stillroom.recipes.classification import ssld
 from stillroom.testing import assert_grads, trace
 from tests.recipes.common import assert_resumes, finish
 
 P, Q = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64), torch.tensor([[0.3, 0.3, 0.4]], dtype=torch.float64)
 HALF_BOTH = 0.5 * (0.4 * math.log(7 / 3) + -0.1 * math.log(2 / 3) + -0.3 * math.log(1 / 4))
+
+
+def pictures(folder: Path, count: int) -> None:
+    for i in range(count):
+        file = folder / f"{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8), dtype=np.uint8)).save(file)
 
 
 # -- the loss --------------------------------------------------------------------------------------------------------------------
@@ -117,15 +125,57 @@ def test_of_the_pool_the_surest_of_each_class_join_the_labelled_images(run: Run)
     assert set(made.args[2].tolist()) == {1, 2, 3}
 
 
-def test_as_many_at_random_come_from_the_same_pool(run: Run) -> None:
-    cfg = override(ssld.Config(), ssld.TINY)
+@pytest.fixture
+def some(run: Run) -> tuple:
+    """A config, a task of 200 images, a fixed network, and the task's images as a pool without labels."""
+    cfg = override(ssld.Config(), {**ssld.TINY, "per_class": 3})
     data = cfg.load(run, labelled=cfg.images, transfer=False)
+    torch.manual_seed(0)
     net = run.frozen(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
-    pool = MemorySplit(data.train.images(), torch.full((len(data.train),), -1))
+    return cfg, data, net, MemorySplit(data.train.images(), torch.full((len(data.train),), -1))
+
+
+def test_the_surest_of_each_class_or_as_many_at_random(run: Run, some: tuple) -> None:
+    cfg, _, net, pool = some
     top, drawn = (ssld.choose(replace(cfg, select=kind), run, net, pool) for kind in ("top", "random"))
+    assert torch.equal(top, top_per_class(net(pool.images()), 3))
     assert len(top) == len(drawn) == len(drawn.unique())
     assert not torch.equal(top, drawn)
     assert drawn.max() > 0.8 * len(pool)
+    assert torch.equal(drawn, ssld.choose(replace(cfg, select="random"), run, net, pool)), "drawn from the seed"
+
+
+def test_a_pool_holds_what_was_given_then_the_folder_then_pollution_of_both(run: Run, some: tuple, tmp_path: Path) -> None:
+    cfg, data, _, _ = some
+    pictures(tmp_path / "pool", 5)
+    own = MemorySplit(data.train.images()[:20], torch.full((20,), -1))
+    torch.manual_seed(1)
+    pool = ssld.build_pool(replace(cfg, polluted=12, pool=str(tmp_path / "pool")), run, data, own, ssld.copies)
+    assert len(pool) == 20 + 5 + 12
+    assert (pool.labels == -1).all()
+    images = pool.images()
+    assert torch.equal(images[:20], own.images())
+    noise, turned = images[25:31], images[31:]
+    assert noise.std() > 0.25
+    assert all(any(torch.equal(t, base.rot90(k, (1, 2))) for base in images[:25] for k in (1, 2, 3)) for t in turned)
+    torch.manual_seed(2)
+    assert torch.equal(
+        images, ssld.build_pool(replace(cfg, polluted=12, pool=str(tmp_path / "pool")), run, data, own, ssld.copies).images()
+    )
+
+
+def test_what_is_learned_are_the_labelled_images_and_the_chosen_ones(run: Run) -> None:
+    """Every batch's images are among them, and the labelled ones are balanced images of the task."""
+    seen = traced(run, steps=24, polluted=0, batch_size=16)
+    cfg = override(ssld.Config(), ssld.TINY)
+    whole = cfg.load(run, labelled=cfg.images, transfer=False)
+    train, rest = keep_labels(whole.train, 40, torch.Generator().manual_seed(0))
+    (selection,) = seen.calls("top_per_class")
+    wanted = torch.cat([train.images(), rest.images()[selection.result]]).flatten(1)
+    views = torch.cat([call.args[0].flatten(1) for call in seen.calls("student", stage="run") if call.training])
+    found = torch.cdist(views, wanted)
+    assert (found.min(1).values == 0).all()
+    assert len(found.argmin(1).unique()) > 0.8 * len(wanted)
 
 
 def test_without_pool_only_labelled_images_are_learned_and_labels_on_demand(run: Run, tmp_path: Path) -> None:
@@ -157,9 +207,20 @@ def test_the_second_stage_learns_the_labelled_images_at_a_hundredth_of_the_rate(
     assert all(len(u.parts["distance"]) == 40 for u in later)
 
 
-def test_a_teacher_whose_batch_norm_follows_the_batch(run: Run) -> None:
-    seen = traced(run, teacher="small:convnet-w4", teacher_bn="train")
-    assert not seen.moved("frozen 0"), "what was evaluated stays clean"
+def test_a_teacher_whose_batch_norm_follows_the_batch(run: Run, tmp_path: Path) -> None:
+    answers = {}
+    for mode in ("eval", "train"):
+        with Run(tmp_path / mode, 0, engine=run.engine, store=run.store, plots=False) as other:
+            seen = traced(other, teacher="small:convnet-w4", teacher_bn=mode)
+            view, asked = seen.calls("student", stage=mode)[0], seen.calls("distance")[0]
+            clean = seen.nets["frozen 0"](view.args[0])
+            answers[mode] = torch.allclose(asked.args[1], clean, atol=1e-5)
+            assert not seen.moved("frozen 0"), "what was evaluated stays clean"
+            tracked = {name: value for name, value in other._tracked.items() if name.startswith("teacher ")}
+            assert bool(tracked) == (mode == "train")
+            for name, value in tracked.items():
+                assert not torch.equal(value, seen.nets["frozen 0"].get_buffer(name.removeprefix("teacher ").replace(" ", "."))), name
+    assert answers == {"eval": True, "train": False}
     with pytest.raises(UserError, match="no batch norm"):
         ssld.moving(run, nn.Linear(2, 2))
 
@@ -180,10 +241,7 @@ def test_flags_that_would_be_ignored_are_refused(run: Run, changes: dict, messag
 
 
 def test_a_folder_is_a_pool(run: Run, tmp_path: Path) -> None:
-    for i in range(12):
-        file = tmp_path / "pool" / f"{i % 2}" / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16), dtype=np.uint8)).save(file)
+    pictures(tmp_path / "pool", 12)
     seen = traced(run, labelled=0, polluted=0, pool=str(tmp_path / "pool"))
     (selection,) = seen.calls("top_per_class")
     assert len(selection.args[0]) == 12

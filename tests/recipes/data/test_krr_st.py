@@ -2,7 +2,9 @@
 a pre-trained network is measured by."""
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
