@@ -176,7 +176,10 @@ def _remember(run: Path, rows: dict[str, dict[str, float]]) -> None:
     from stillroom.catalogue import report
 
     file = run / "exports.json"
-    rows = (json.loads(file.read_text()) if file.exists() else {}) | rows
+    try:
+        rows = (json.loads(file.read_text()) if file.exists() else {}) | rows
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is damaged: delete it, and give the command again.") from None
     write_atomic(file, json.dumps(rows, indent=1))
     columns = ("bytes", "latency_ms", "throughput")
     cells = [[name, *(report.shown(column, row[column]) for column in columns)] for name, row in rows.items()]

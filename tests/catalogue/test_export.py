@@ -87,6 +87,8 @@ def test_a_finished_run_shows_what_was_exported(tmp_path, capsys):
     assert "exported student" in page
     assert "torch-export" in page
     assert (tmp_path / "run" / "exported" / "safetensors" / "model.safetensors").exists()  # packed weights come unpacked
+    (tmp_path / "run" / "exports.json").write_text("{")
+    refused(tmp_path / "run", "safetensors", "exports.json is damaged")
 
 
 def refused(folder, to, *parts: str) -> None:
