@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from stillroom.core.errors import UserError, needs
 from stillroom.core.store import fingerprint
-from stillroom.data.images import Split
+from stillroom.data.decode import Decoder, Files, decode_rows
+from stillroom.data.images import MemorySplit, Split
+from stillroom.data.load import IMAGE_FILES, Cache
 
 
 def top_per_class(logits: Tensor, count: int) -> Tensor:
@@ -21,7 +26,25 @@ def top_per_class(logits: Tensor, count: int) -> Tensor:
     return torch.cat([order[:0], *kept]).sort().values
 
 
-def unseen(pool: Split, test: Split) -> Tensor:
-    """Rows, ascending, of the pool's images that equal no test image, pixel by pixel (by content hash)."""
-    known = {fingerprint(test.take(torch.tensor([row])).images) for row in range(len(test))}
-    return torch.tensor([row for row in range(len(pool)) if fingerprint(pool.take(torch.tensor([row])).images) not in known], dtype=torch.int64)
+def duplicates(pool: Split, test: Split) -> Tensor:
+    """(N,) bool: which images of the pool equal a test image, pixel by pixel (by content hash)."""
+
+    def content(split: Split, row: int) -> str:
+        return fingerprint(split.take(torch.tensor([row])).images)
+
+    known = {content(test, row) for row in range(len(test))}
+    return torch.tensor([content(pool, row) in known for row in range(len(pool))], dtype=torch.bool)
+
+
+def load_pool(folder: Path, channels: int, size: int, cache: Cache) -> MemorySplit:
+    """All images in a folder and the folders below it, without labels (-1), each scaled and cropped to (channels, size, size).
+
+    UserError when there are none or one cannot be decoded, naming it.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES and path.is_file())
+    if not files:
+        raise UserError(f"{folder}: no images were found for the pool ({', '.join(sorted(IMAGE_FILES))}).")
+    needs("PIL", "images")
+    decoder = Decoder(Files(tuple(files)), channels, size, resize=True)
+    pixels = cache("pool", decode_rows, decoder, torch.arange(len(files)), False)["pixels"]
+    return MemorySplit(pixels, torch.full((len(files),), -1))
