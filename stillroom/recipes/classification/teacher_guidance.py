@@ -275,17 +275,24 @@ def fit_net(cfg: Config, stage: Run, data: ImageData, train: Split, teacher: Any
     for step in stage.steps(cfg.fit_steps):
         _, image, label = stage.shard(batches(step))
         image = augment(image)
-        target = one_hot(label, classes).float()
-        logits = net(image)
-        parts = {"labels": label_weight / classes * mse_probs(logits, target)}
+        answer = None
         if teacher is not None:
             with torch.no_grad():
                 answer = teacher(image).softmax(-1)
-            parts["teacher"] = (1 - label_weight) / classes * mse_probs(logits, answer)
+        parts = guided(net(image), one_hot(label, classes).float(), answer, label_weight)
         if cfg.norm_weight:
             parts["norm"] = cfg.norm_weight * sum(torch._foreach_norm(list(net.parameters())), torch.zeros((), device=stage.device))
         stage.update(optimizer, **parts)
     return net
+
+
+def guided(logits: Tensor, labels: Tensor, teacher: Tensor | None, label_weight: float) -> dict[str, Tensor]:
+    """label_weight MSE(p, labels) and (1 - label_weight) MSE(p, teacher), means over classes, per image: all (B, C) -> (B,)."""
+    classes = labels.shape[-1]
+    parts = {"labels": label_weight / classes * mse_probs(logits, labels)}
+    if teacher is not None:
+        parts["teacher"] = (1 - label_weight) / classes * mse_probs(logits, teacher)
+    return parts
 
 
 def draw_weights(axes: Any, weights: Sequence[float]) -> None:

@@ -142,6 +142,14 @@ def test_the_held_out_images_are_balanced_whatever_the_order_and_none_is_trained
             hold_out(sorted_data, count, 0)
 
 
+def test_the_label_weight_weighs_the_labels() -> None:
+    z, y = torch.tensor([[0.0, 0.0]], dtype=F64), torch.tensor([[1.0, 0.0]], dtype=F64)
+    parts = tg.guided(z, y, torch.tensor([[0.9, 0.1]], dtype=F64), 0.25)  # p = (1/2, 1/2)
+    assert parts["labels"].item() == pytest.approx(0.25 * 0.25)
+    assert parts["teacher"].item() == pytest.approx(0.75 * 0.16)
+    assert tg.guided(z, y, None, 1.0).keys() == {"labels"}
+
+
 def test_end_to_end(tmp_path, capsys) -> None:
     assert cli.main(["run", "teacher-guidance", "--out", str(tmp_path / "r"), "--draws", "2"]) == 0
     assert "student: optimal" in capsys.readouterr().out
