@@ -175,6 +175,16 @@ def balanced_rows(labels: Tensor, count: int, generator: torch.Generator) -> Ten
     return order[turn.argsort(stable=True)[:count]]
 
 
+def hold_out(data: ImageData, count: int, seed: int) -> tuple[ImageData, Split]:
+    """The task with `count` class-balanced training images fewer, drawn from `seed`, and those images. UserError unless both have some."""
+    if not 0 < count < len(data.train):
+        raise UserError(f"--validation: {count} of the {len(data.train)} training images cannot be held out, both need some.", code=2)
+    rows = balanced_rows(data.train.labels, count, torch.Generator().manual_seed(seed))
+    rest = torch.ones(len(data.train), dtype=torch.bool)
+    rest[rows] = False
+    return replace(data, train=data.train.subset(rest.nonzero().squeeze(1))), data.train.subset(rows)
+
+
 def of_classes(split: Split, low: int, high: int) -> Split:
     """The rows of classes low..high-1, counted from 0."""
     rows = ((split.labels >= low) & (split.labels < high)).nonzero().squeeze(1)

@@ -103,8 +103,9 @@ def test_the_target_is_detached_and_head_u_sees_one_view() -> None:
 @pytest.mark.parametrize("mode", ["plain", "da", "mt", "sla", "sla+sd"])
 def test_every_mode_trains_on_all_views_in_one_pass(mode: str, run: Run) -> None:
     m = 1 if mode == "plain" else 4
-    changes = {"mode": mode, "steps": 2, "batch_size": 8, "student": "small:convnet-w4", "augment": "none"}
-    seen = trace(sla, run, changes, watch=["losses"], data=DATA)
+    seen = trace(
+        sla, run, {"mode": mode, "steps": 2, "batch_size": 8, "student": "small:convnet-w4", "augment": "none"}, watch=["losses"], data=DATA
+    )
     assert seen.steps("student") == [0, 1]
     for step, call in enumerate(c for c in seen.calls("student") if c.training):
         batch = Batches(DATA.train, 8, 0)(step)
