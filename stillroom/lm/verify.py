@@ -73,8 +73,8 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text as an exact fraction: thousands separators, decimals and a trailing point are understood. A minus
-    belongs to a number unless something to subtract from stands before it."""
+    """The last number of a text as an exact fraction: thousands separators, decimals and a trailing point are understood. A minus belongs
+    to a number unless something to subtract from stands before it."""
     found = re.findall(rf"(?:(?<![\w)])-)?{NUMBER}", text)
     return _fraction(found[-1]) if found else None
 
