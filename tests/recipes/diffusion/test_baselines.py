@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stillroom.diffusion.settings import Setting
 
 from stillroom.core.errors import UserError
 from stillroom.core.run import Run
@@ -18,7 +19,6 @@ from stillroom.core.store import Store
 from stillroom.diffusion.denoiser import Denoiser, Prediction
 from stillroom.diffusion.exact import Gaussian
 from stillroom.diffusion.processes import EDM, Flow
-from stillroom.diffusion.settings import Setting
 from stillroom.metrics.generation import energy_distance
 from stillroom.nets.denoisers import UNet
 from stillroom.recipes.diffusion import consistency, dmd2
