@@ -27,7 +27,7 @@ def main(folder: str) -> None:
         (phased_dmd, {"updates": 3, "fake_updates": 1}),
     ]
     for recipe, more in recipes:
-        cfg = override(recipe.Config(), {**recipe.TINY, **SMALL, **more})
+        cfg = override(recipe.Config(), {**recipe.TINY, **SMALL, "updates": 3, **more})
         setting = untrained("ring", width=600, depth=1)
         with Run(Path(folder) / recipe.__name__, 0, engine=placed, store=Store(Path(folder) / "store"), plots=False) as run:
             found[recipe.__name__.rpartition(".")[2]] = recipe.main(cfg, run, setting=setting)["energy"]
