@@ -132,7 +132,7 @@ class Round:
     kd_weight: float = 0.0
 
 
-def main(cfg: Config, run: Run, *, data: ImageData | TextData | None = None, student: nn.Module | None = None) -> dict[str, float]:
+def main(cfg: Config, run: Run, *, data: ImageData | TextData | None = None, student: Any = None) -> dict[str, float]:
     """Make the checkpoint if need be, pre-train further round by round, fine-tune, evaluate.
 
     `data` (the target) and `student` (a pre-trained one with the forward of `adapt.masked`) replace what the config names.
