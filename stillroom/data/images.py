@@ -175,6 +175,16 @@ def balanced_rows(labels: Tensor, count: int, generator: torch.Generator) -> Ten
     return order[turn.argsort(stable=True)[:count]]
 
 
+def hold_out(data: ImageData, count: int, seed: int) -> tuple[ImageData, Split]:
+    """The task with `count` class-balanced training images fewer, and those images. UserError when none would be left to train on."""
+    if count >= len(data.train):
+        raise UserError(f"--validation {count} leaves nothing of the {len(data.train)} training images; lower it.", code=2)
+    rows = balanced_rows(data.train.labels, count, torch.Generator().manual_seed(seed))
+    rest = torch.ones(len(data.train), dtype=torch.bool)
+    rest[rows] = False
+    return replace(data, train=data.train.subset(rest.nonzero().squeeze(1))), data.train.subset(rows)
+
+
 def of_classes(split: Split, low: int, high: int) -> Split:
     """The rows of classes low..high-1, counted from 0."""
     rows = ((split.labels >= low) & (split.labels < high)).nonzero().squeeze(1)
