@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -22,8 +21,8 @@ from torch import nn
 
 from stillroom.core.run import Run
 from stillroom.core.store import Store
-from stillroom.diffusion import settings
-from stillroom.diffusion.settings import Setting
+from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.worlds import Digits, World, digit_mixture
 from stillroom.recipes.diffusion import consistency, dmd2
 
 BATCH = 64
@@ -44,7 +43,17 @@ class Timed(Run):
             yield step
 
 
-def recipe(main: Callable, cfg: object, setting: Setting, steps: int) -> list[float]:
+class Untrained(Digits):
+    """The digits without training and judgement, which are not timed."""
+
+    def start(self, run: Run) -> Denoiser:
+        return self.small(1)
+
+    def evaluate(self, run: Run, x: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+        return {}
+
+
+def recipe(main: Callable, cfg: object, setting: World, steps: int) -> list[float]:
     with (
         tempfile.TemporaryDirectory() as folder,
         Timed(f"{folder}/run", store=Store(f"{folder}/store"), plots=False, save_seconds=1e9) as run,
@@ -72,7 +81,7 @@ def x0_of(net: nn.Module, y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return y - t[:, None, None, None] * net(y, t)
 
 
-def dmd_by_hand(setting: Setting, steps: int) -> list[float]:
+def dmd_by_hand(setting: World, steps: int) -> list[float]:
     teacher, net = setting.teacher, setting.small(1).net
     generator, fake = copy.deepcopy(net), copy.deepcopy(net)
     g_adam = torch.optim.AdamW(generator.parameters(), 5e-4, (0.0, 0.999), weight_decay=0, fused=True)
@@ -107,17 +116,15 @@ def dmd_by_hand(setting: Setting, steps: int) -> list[float]:
     return timed(step, steps)
 
 
-def consistency_by_hand(setting: Setting, steps: int) -> list[float]:
+def consistency_by_hand(setting: World, steps: int) -> list[float]:
     teacher, student = setting.teacher, setting.small(1).net
     ema = copy.deepcopy(student).requires_grad_(False)
     adam = torch.optim.Adam(student.parameters(), 1e-3, fused=True)
     times, c = torch.linspace(1, 0, 41), 0.00054 * 8
     mine, theirs = [p.detach() for p in ema.parameters()], [p.detach() for p in student.parameters()]
-    assert setting.truth is not None
-    truth = setting.truth
 
     def step(i: int) -> None:
-        data, n = truth(BATCH, None), torch.randint(40, (BATCH,))
+        data, n = setting.mixture.sample(BATCH), torch.randint(40, (BATCH,))
         t, s = times[n], times[n + 1]
         wide = t[:, None, None, None]
         x = (1 - wide) * data + wide * torch.randn_like(data)
@@ -142,8 +149,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    full = settings.load("digits")
-    setting = replace(full, student=lambda run: full.small(1), evaluate=lambda run, x, real: {})
+    setting = Untrained("digits", digit_mixture())
     dmd = dmd2.Config(updates=10_000, fake_updates=5, batch=BATCH, gan_weight=0.0, evaluate=1)
     cd = consistency.Config(updates=10_000, batch=BATCH, evaluate=1)
     cases = {

@@ -31,8 +31,9 @@ from torch.nn.functional import cross_entropy, linear
 from stillroom.data.sequences import Rows
 from stillroom.lm.cache import Capture, _columns, _columns_of, capture
 from stillroom.lm.chunked import chunked_loss
+from stillroom.lm.output import head
 from stillroom.lm.signals import Head, Sampled, TopK, log_leftover
-from stillroom.lm.text import head, states
+from stillroom.lm.text import states
 from stillroom.lm.tokenizer import Characters
 from stillroom.losses.tokens import align, divergence, token_mean
 from stillroom.nets.decoder import Decoder
@@ -251,15 +252,15 @@ def kinds(words: int = 8000, width: int = 128) -> None:
         teacher.head.weight.mul_(40.0)
     rows = torch.randint(2, words, (16, 33))
     hidden = states(teacher, Rows.plain(rows))[:, :-1].reshape(-1, width).detach()
-    student = linear(hidden, head(teacher) * 0.8 + 0.1 * torch.randn(words, width)).detach()
-    truth = divergence(linear(hidden, head(teacher)), student).detach()
+    student = linear(hidden, head(teacher).weight * 0.8 + 0.1 * torch.randn(words, width)).detach()
+    truth = divergence(linear(hidden, head(teacher).weight), student).detach()
     with tempfile.TemporaryDirectory() as folder:
         sized = [*(Capture("topk", size) for size in (8, 32, 128)), *(Capture("sampled", size) for size in (12, 50))]
         for what in (Capture("full", 1), Capture("states", 1), *sized):
             kept = capture(folder, teacher, tokenizer, rows, what, progress=False)
             found = kept.signal(range(16)).divergence(student, "forward_kl", 1.0)
             if what.kind == "sampled":
-                log_p = linear(hidden, head(teacher)).log_softmax(-1)
+                log_p = linear(hidden, head(teacher).weight).log_softmax(-1)
                 found = found + (log_p.exp() * log_p).sum(-1)
             gap = found - truth
             print(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from stillroom.catalogue import cards, claims
+from stillroom.catalogue import cards
 from stillroom.catalogue import ledger as ledgers
 from stillroom.core.config import Count, Natural
 from stillroom.core.errors import UserError
@@ -37,7 +37,7 @@ def list_(family: Positional[str | None] = None) -> None:
         raise UserError(
             f"no family is called {family!r}; there are {', '.join(sorted({c.family for c in cards.cards().values()}))}.", code=2
         )
-    ledger = ledgers.read_ledger()
+    ledger = ledgers.deciding()
     table = Table("recipe", "what it does", "claims", box=None, header_style="bold", pad_edge=False)
     for group in sorted({card.family for card in chosen}):
         table.add_row(f"[bold]{group}[/]")
@@ -66,7 +66,7 @@ def show(name: Positional[str]) -> None:
     from stillroom.core.config import flatten
 
     card, recipe = cards.find(name), cards.load(name)
-    entry = ledgers.read_ledger().get(name, {})
+    entry, other = ledgers.deciding().get(name, {}), ledgers.read_ledger().get(name, {})
     console = Console(highlight=False)
     console.print(f"[bold]{name}[/]  ({card.family}{', baseline' if card.baseline else ''})\n")
     for kind, block in paragraphs((recipe.__doc__ or "").strip()):
@@ -76,10 +76,11 @@ def show(name: Positional[str]) -> None:
         differs = ", ".join(f"{k} = {v}" for k, v in changes.items()) or "the defaults"
         table.add_row(escape(arm), escape(differs), str(entry.get("arms", {}).get(arm, {}).get("seconds", "")))
     console.print(table, "")
-    verdicts = {claim["text"]: claim["verdict"] for claim in entry.get("claims", [])}
+    verdicts, first = ({claim["text"]: claim["verdict"] for claim in each.get("claims", [])} for each in (entry, other))
     for claim in recipe.CLAIMS:
         text = escape(f"claim: {claim.text}: {claim.metric} of {claim.arm} {claim.better} than {claim.versus}")
-        console.print(f"{text}  [bold]{verdicts.get(claim.text, 'not verified')}[/]")
+        beside = f" (first seeds: {first[claim.text]})" if entry.get("first_seed") and claim.text in first else ""
+        console.print(f"{text}  [bold]{verdicts.get(claim.text, 'not verified')}[/]{beside}")
     console.print(f"\nflags of `stillroom run {name}` (--help explains them), laptop default and paper:")
     small, full = flatten(recipe.Config()), flatten(recipe.full())
     for key, value in small.items():
@@ -136,6 +137,8 @@ def verify(
     from rich.table import Table
     from tqdm import tqdm
 
+    from stillroom.catalogue import claims
+
     if (name is None) == (not all):
         raise UserError("give the name of a recipe, or --all.", code=2)
     for flag, value, least in (("seeds", seeds, 1), ("jobs", jobs, 1), ("first-seed", first_seed, 0)):
@@ -170,15 +173,20 @@ def verify(
 
 
 @app.command
-def ledger(folder: Path | None = None, out: Path = Path("docs/ledger.md")) -> None:
-    """Write docs/ledger.md anew from the ledger's entries.
+def ledger(folder: Path | None = None, out: Path = Path("docs/ledger.md"), stale: bool = False) -> None:
+    """Write docs/ledger.md anew from the ledger's entries, or list those that today's code did not make.
 
     Args:
         folder: of the entries; default: this checkout's ledger, else ./ledger.
         out: the page.
+        stale: only list the entries whose recipe, or something that it rests on, has changed since: they want verifying anew.
     """
     from stillroom.core.store import write_atomic
 
+    if stale:
+        return print("\n".join(ledgers.stale(folder)) or "every entry was made by today's code")
+    if out.is_dir() or not out.name:
+        raise UserError(f"--out {out} is a folder: name a file, such as {out / 'ledger.md'}.", code=2)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, ledgers.as_markdown(ledgers.read_ledger(folder), ledgers.read_ledger(folder, fresh=True)))
     print(out)

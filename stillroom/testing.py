@@ -83,7 +83,7 @@ class Call:
 @dataclass
 class Trace:
     """What a recipe did, in order. Networks are called by the names of their roles, moving averages by theirs, frozen ones "frozen 0",
-    "frozen 1", … in the order in which they were frozen."""
+    "frozen 1", … in the order in which they were frozen; a second one of a name has an apostrophe."""
 
     recorded: list[Update] = field(default_factory=list)
     called: list[Call] = field(default_factory=list)
@@ -94,6 +94,8 @@ class Trace:
     first: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     """Weights of every network when the run first held it."""
     nets: dict[str, Any] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
+    """The name that a network had first, by each of its names: one that is trained again has two."""
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     metrics: Any = None
     """What the recipe returned."""
@@ -111,6 +113,7 @@ class Trace:
         return [float(u.parts[part].float().mean()) for u in self.updates(role, stage) if part in u.parts]
 
     def calls(self, who: str, stage: str = "", step: int | None = None) -> list[Call]:
+        who = self.same.get(who, who)
         return [c for c in self.called if c.who == who and c.stage.endswith(stage) and step in (None, c.step)]
 
     def moved(self, name: str) -> bool:
@@ -138,17 +141,17 @@ def recording(watch: Mapping[str, Any] | None = None) -> Iterator[Trace]:
             yield step
 
     def hold(run: Run, name: str, net: Any) -> None:
-        if any(net is other for other in seen.nets.values()):
-            return
         while name in seen.nets:
             name += "'"
+        known = next((other for other, held in seen.nets.items() if held is net), None)
         seen.nets[name], seen.first[name] = net, [t.detach().clone() for t in _tensors(net)]
-        if isinstance(net, nn.Module):
+        seen.same[name] = name if known is None else seen.same[known]
+        if isinstance(net, nn.Module) and known is None:
 
             def called(module: nn.Module, args: tuple, keywords: dict, result: Any) -> None:
-                grad = torch.is_grad_enabled()
-                seen.called.append(Call(name, **place(run), args=_kept(args), keywords=_kept(keywords), result=_kept(result), grad=grad,
-                                        training=module.training))  # fmt: skip
+                given = {"args": _kept(args), "keywords": _kept(keywords), "result": _kept(result)}
+                here = place(latest[0] if latest else run)
+                seen.called.append(Call(name, **here, **given, grad=torch.is_grad_enabled(), training=module.training))
 
             hooks.append(net.register_forward_hook(called, with_kwargs=True))
 

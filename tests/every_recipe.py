@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -34,13 +33,9 @@ def main(engine: str, folder: str, *names: str) -> None:
     for name in names:
         recipe = cards.load(name)
         cfg = override(recipe.Config(), recipe.TINY)
-        keywords = {}
-        if name in ("dmd2", "consistency", "phased-dmd"):  # not the network that is trained to be the teacher first
-            setting = cfg.setting()
-            keywords["setting"] = dataclasses.replace(setting, student=lambda run, small=setting.small: small(1).to(run.device))
         with Run(Path(folder) / name, 0, engine=placed, store=Store(Path(folder) / "store"), plots=False) as run:
             try:
-                found[name] = execute(name, cfg, run, **keywords)["metrics"]
+                found[name] = execute(name, cfg, run)["metrics"]
             except UserError as error:
                 found[name] = str(error)
     if not placed.rank:

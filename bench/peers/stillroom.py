@@ -51,16 +51,16 @@ def train(task: Task, mode: str) -> float:
         ce_weight=1.0 if mode == "plain" else CE_WEIGHT,
         kd_weight=0.0 if mode == "plain" else KD_WEIGHT,
     )
-    ask = partial(_online, signals.answers) if mode == "online" else signals.answers
-    with tempfile.TemporaryDirectory() as place, mock.patch.object(signals, "answers", ask):
+    ask = partial(_online, signals.labels_and_teacher) if mode == "online" else signals.labels_and_teacher
+    with tempfile.TemporaryDirectory() as place, mock.patch.object(signals, "labels_and_teacher", ask):
         run = Timed(Path(place) / "run", task.seed, engine=make("local", "cpu"), store=Store(Path(place) / "store"), plots=False)
         with run:
             kd.main(cfg, run, data=task.data, teacher=task.teacher, student=task.student)
         return run.loop + (run.table if mode == "cached, first time" else 0.0)
 
 
-def _online(answers, *given, augmented):
-    return answers(*given, augmented=True)
+def _online(terms, *given, augmented, **weights):
+    return terms(*given, augmented=True, **weights)
 
 
 if __name__ == "__main__":

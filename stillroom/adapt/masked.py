@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillroom.core.errors import needs
-from stillroom.nets.build import build
+from stillroom.nets.build import with_head
 from stillroom.nets.vit import MaskedDecoder, ViT
 from stillroom.nets.wrapped import Wrapped
 
@@ -69,10 +69,7 @@ class MaskedViT(nn.Module):
         return values, self.encoder.features(images) if hidden else None
 
     def classifier(self, classes: int, dropout: float) -> nn.Module:
-        net = build(**{**self.encoder.spec, "classes": classes})
-        kept = {name: value for name, value in self.encoder.state_dict().items() if not name.startswith("head.")}
-        net.load_state_dict({**net.state_dict(), **kept})
-        return with_dropout(net, dropout)
+        return with_dropout(with_head(self.encoder, classes), dropout)
 
 
 class MaskedHfViT(nn.Module):

@@ -7,8 +7,12 @@ is *undecided* otherwise. Every arm, seed and metric is written down, whatever t
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import statistics
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
@@ -94,12 +98,12 @@ def verify(
     recipe = cards.load(name)
     code = code_of(Path(recipe.__file__))
     chosen = range(first_seed, first_seed + seeds)
-    work = []
+    work, parent = [], os.getpid() if backend == "loky" else None
     for arm in recipe.ARMS:
         config = cards.config_of(recipe, arm, configs.override(recipe.Config(), changes or {}))
         # Named by what it ran, so that changed code or a changed config never meets old results.
         place = folder / name / f"{arm}-{fingerprint(code, config)[:8]}"
-        work += [(arm, seed, joblib.delayed(_arm_seed)(name, arm, config, seed, place / f"seed{seed}", cache)) for seed in chosen]
+        work += [(arm, seed, joblib.delayed(_arm_seed)(name, arm, config, seed, place / f"seed{seed}", cache, parent)) for seed in chosen]
     work.sort(key=lambda item: item[1])  # seed by seed, so that an early look shows whole pairs
     if backend == "ray":
         needs("ray.util.joblib", "ray", "--backend ray").register_ray()
@@ -138,12 +142,26 @@ def verify(
     }
 
 
-def _arm_seed(name: str, arm: str, config: Any, seed: int, folder: Path, cache: Path | None) -> dict[str, Any]:
+def _arm_seed(name: str, arm: str, config: Any, seed: int, folder: Path, cache: Path | None, parent: int | None) -> dict[str, Any]:
     import torch
 
     from stillroom.core.run import Run
     from stillroom.core.store import Store
 
+    if parent not in (None, os.getpid()):
+        _end_with(parent)
     torch.set_num_threads(1)
     with Run(folder, seed, store=Store(cache), plots=False) as run:
         return execute(name, config, run, arm=arm)
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """Let this worker process end when its parent was killed, rather than hold the folder of its run until that is done."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -69,6 +70,8 @@ def run_recipe(name: str, args: list[str]) -> None:
     flags = tyro.cli(kind, args=args, default=kind(RunOptions(), preset), prog=f"stillroom run {name}")
     check(flags.options)
     check(flags.config)
+    if flags.options.threads > (most := 4 * (os.cpu_count() or 1)):
+        raise UserError(f"--threads {flags.options.threads} is out of range: on this machine it must be at most {most}.", code=2)
     _refuse_contradiction(recipe, flags.options.arm or _method(recipe)[0], flags.config, preset)
     execute_run(name, recipe, flags.options, flags.config)
 
@@ -122,12 +125,26 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
                 report.print_table(report.table(folder))
                 print(f"report: {page}")
         placed.end()
-    except (UserError, OSError):
-        if not began and not any(folder.rglob("*.pt")):  # nothing to continue from: the corrected command may use the folder
+    except Exception as error:
+        fits = not _cannot_fit(error)
+        wrong_input = isinstance(error, UserError | OSError) or not fits
+        if wrong_input and not began and not any(folder.rglob("*.pt")):  # nothing to continue from
             shutil.rmtree(folder, ignore_errors=True)
-        raise
+        if fits:
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{name} does not fit into this machine's memory ({reason}): give smaller counts, or --accumulate.") from error
     except KeyboardInterrupt:
         raise UserError(f"stopped; the last checkpoints are in {folder}. Give the same command to continue.") from None
+
+
+def _cannot_fit(error: Exception) -> bool:
+    """Whether a number of things is more than memory, or an integer, can hold; torch says so in words."""
+    words = (
+        "out of memory", "can't allocate memory", "not enough memory", "calculation overflowed", "multiplication overflow",
+        "Overflow when unpacking", "too large to convert", "too big to convert",
+    )  # fmt: skip
+    return isinstance(error, MemoryError | OverflowError) or any(word in str(error) for word in words)
 
 
 def _delete_run(folder: Path) -> None:

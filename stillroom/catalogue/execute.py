@@ -21,8 +21,10 @@ def execute(name: str, config: Any, run: Run, *, arm: str | None = None, **keywo
     UserError for a value out of range, when the folder holds another recipe, seed or config, and for FSDP2 with a recipe that does not
     declare it (`FSDP2 = METRIC`: the metric by which tests see that a sharded run learns what another one does).
     """
-
     configs.check(config)
+    recipe = load(name)
+    if run.engine.sharded and not hasattr(recipe, "FSDP2"):
+        raise UserError(f"{name} does not run under FSDP2 (docs/running.md); use --engine ddp.", code=2)
     given = {"recipe": name, "arm": arm, "seed": run.seed, "precision": run.engine.precision, "config": configs.flatten(config)}
     given = json.loads(json.dumps(given, default=str))
     before = read_config(run.folder)
@@ -32,10 +34,7 @@ def execute(name: str, config: Any, run: Run, *, arm: str | None = None, **keywo
         write_atomic(run.folder / "config.json", json.dumps(given, indent=1))
     done = run.folder / "result.json"
     if done.exists():
-        return json.loads(done.read_text())
-    recipe = load(name)
-    if run.engine.sharded and not hasattr(recipe, "FSDP2"):
-        raise UserError(f"{name} does not run under FSDP2 (docs/running.md); use --engine ddp.", code=2)
+        return read_result(run.folder)
     metrics = recipe.main(config, run, **keywords)
     result = {
         **given,
@@ -68,6 +67,30 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         found = None
     if not isinstance(found, dict) or not {"recipe", "arm", "seed", "config"} <= found.keys():
         raise UserError(f"{folder} does not look like a run folder (its config.json is not a run's): choose another --out.", code=2)
+    return found
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """A finished run's result.json. UserError when there is none, or when it is damaged."""
+    file = folder / "result.json"
+    if not file.exists():
+        raise UserError(f"{folder} holds no finished run (no result.json); continue it with its `stillroom run` command first.")
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        found = None
+    shape = {
+        "recipe": str,
+        "arm": str | None,
+        "seed": int,
+        "precision": str,
+        "config": dict,
+        "metrics": dict,
+        "rows": list,
+        "seconds": float | int,
+    }
+    if not isinstance(found, dict) or not all(key in found and isinstance(found[key], kind) for key, kind in shape.items()):
+        raise UserError(f"{file} is damaged. Delete it, and give the run's command again: its checkpoints are still there.")
     return found
 
 

@@ -3,6 +3,7 @@ PyTorch on random images at several batch sizes before it is kept, and timed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import warnings
@@ -23,6 +24,8 @@ BATCHES = (1, 3, 8)
 """Sizes at which an exported student must agree with PyTorch."""
 TOLERANCE = 1e-4
 """Largest `_gap`."""
+MARK = "export.json"
+"""In every exported folder: which run it is of, and what else was written there."""
 
 
 def export(run: str | Path, to: Format, out: str | Path | None = None) -> tuple[Path, dict[str, dict[str, float]]]:
@@ -31,17 +34,22 @@ def export(run: str | Path, to: Format, out: str | Path | None = None) -> tuple[
     finished run keeps them in exports.json and shows them in its report.
 
     Images are float32 (batch, channels, size, size) in [0, 1], of the student's own size; normalising is part of what is exported. The
-    batch is dynamic. UserError when there is no student that can be exported, a package is missing, or the result disagrees.
+    batch is dynamic. UserError when there is no student that can be exported, a package is missing, the result disagrees, or `out` holds
+    anything but an earlier export of the same run.
     """
     run = Path(run)
-    student = run / "student" if (run / "student").is_dir() else run
+    student = run / "student" if (run / "student").is_dir() or (run / "result.json").exists() else run
     _exportable(student)
     net = hub.load_student(student).eval()
     images = _images(net, student)
     folder = Path(out) if out else run / "exported" / to
+    _refuse_foreign(folder, run)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as place:
         call = {"safetensors": _safetensors, "onnx": _onnx, "torch-export": _torch_export}[to](net, images, place)
+        (place / MARK).write_text(
+            json.dumps({"run": _name(run), "files": sorted([*(file.name for file in place.iterdir()), "inputs.json"])})
+        )
         (place / "inputs.json").write_text(json.dumps({"images": ["batch", *images.shape[1:]], "range": [0, 1]}) + "\n")
         gap = max(_gap(net, call, images[:count]) for count in BATCHES)
         if not gap <= TOLERANCE:
@@ -56,6 +64,27 @@ def export(run: str | Path, to: Format, out: str | Path | None = None) -> tuple[
     return folder, rows
 
 
+def _name(run: Path) -> str:
+    """Of a run folder, for `MARK`: a digest of where it is, so that an export that is given away tells nothing of its maker's folders."""
+    return hashlib.blake2b(str(run.resolve()).encode(), digest_size=16).hexdigest()
+
+
+def _refuse_foreign(folder: Path, run: Path) -> None:
+    """UserError unless `folder` is new, empty, or an earlier export of `run` with nothing beside: an export replaces the whole folder."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name another --out.", code=2)
+    there = {path.name for path in folder.iterdir()} - {MARK}
+    try:
+        mark = json.loads((folder / MARK).read_text())
+        own = mark["run"] == _name(run) and there <= set(mark["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        own = not there and not (folder / MARK).exists()
+    if not own:
+        raise UserError(f"{folder} holds something else than an export of {run}: name a new or empty folder as --out.", code=2)
+
+
 @torch.no_grad()
 def _gap(net: nn.Module, call: Callable[[Tensor], Tensor], images: Tensor) -> float:
     """Largest difference of a logit, relative to the largest logit (at least one)."""
@@ -65,6 +94,8 @@ def _gap(net: nn.Module, call: Callable[[Tensor], Tensor], images: Tensor) -> fl
 
 def _exportable(student: Path) -> None:
     """UserError, with what to do instead, for what has no static graph of a classifier."""
+    if not student.is_dir() and (student.parent / "result.json").exists():
+        raise UserError(f"{student.parent} is a finished run without a student: its recipe saves none, or {student} was deleted.")
     if not student.is_dir():
         raise UserError(f"{student}: there is no such run or student folder.")
     if (student / "exits.json").exists():
@@ -145,7 +176,10 @@ def _remember(run: Path, rows: dict[str, dict[str, float]]) -> None:
     from stillroom.catalogue import report
 
     file = run / "exports.json"
-    rows = (json.loads(file.read_text()) if file.exists() else {}) | rows
+    try:
+        rows = (json.loads(file.read_text()) if file.exists() else {}) | rows
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is damaged: delete it, and give the command again.") from None
     write_atomic(file, json.dumps(rows, indent=1))
     columns = ("bytes", "latency_ms", "throughput")
     cells = [[name, *(report.shown(column, row[column]) for column in columns)] for name, row in rows.items()]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
+from importlib import util
 from pathlib import Path
 from typing import Any
 
-from stillroom.core.store import write_atomic
+from stillroom.catalogue import cards
+from stillroom.catalogue.closure import code_of
 
 FRESH = "fresh-seeds"
 
@@ -28,8 +30,29 @@ def read_ledger(folder: Path | None = None, *, fresh: bool = False) -> dict[str,
     return entries
 
 
+def deciding(folder: Path | None = None) -> dict[str, dict[str, Any]]:
+    """By recipe the entry whose verdicts count: that of fresh seeds, by which nothing was chosen, where there is one."""
+    return {**read_ledger(folder), **read_ledger(folder, fresh=True)}
+
+
+def stale(folder: Path | None = None) -> list[str]:
+    """Entries, as NAME or FRESH/NAME, that other code than today's made: the recipe, or something that it rests on, has changed since."""
+    first, fresh = read_ledger(folder), read_ledger(folder, fresh=True)
+    today = {name: _code(name) for name in {*first, *fresh}}
+    found = [name for name, entry in first.items() if entry.get("source") != today[name]]
+    return found + [f"{FRESH}/{name}" for name, entry in fresh.items() if entry.get("source") != today[name]]
+
+
+def _code(name: str) -> str:
+    """The digest of a recipe's code as it is; "" for a recipe that the catalogue lacks."""
+    spec = util.find_spec(cards.cards()[name].module) if name in cards.cards() else None
+    return code_of(Path(spec.origin)) if spec is not None and spec.origin is not None else ""
+
+
 def write_ledger(entry: dict[str, Any], folder: Path | None = None) -> Path:
     """NAME.json, or FRESH/NAME.json when the seeds did not start at 0: what the ledger says is only replaced on its own seeds."""
+    from stillroom.core.store import write_atomic  # with torch, which reading does without
+
     folder = (folder or ledger_folder()) / (FRESH if entry["first_seed"] else "")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{entry['recipe']}.json"
@@ -49,23 +72,27 @@ def interval(claim: Mapping[str, Any]) -> str:
 
 
 def as_markdown(entries: dict[str, dict[str, Any]], fresh: dict[str, dict[str, Any]] | None = None) -> str:
-    """docs/ledger.md: per recipe its claims, paper beside ours, and the means of every arm; beside each claim its verdict on fresh seeds
-    where there is one."""
+    """docs/ledger.md: per recipe its claims, paper beside ours, and the means of every arm. Where there are fresh seeds they give the
+    verdict and the means, and the first ones stand beside it."""
     lines = [
         "# The ledger",
         "",
         "Written by `stillroom ledger` from `ledger/*.json`, which `stillroom verify` writes. *Difference* is the mean paired difference "
-        "in the claimed direction with its 95 % interval; a claim *holds* when the whole interval lies beyond the margin. *Fresh seeds*: "
-        "the same on others, by which nothing was chosen (`stillroom verify NAME --first-seed 5`).",
+        "in the claimed direction with its 95 % interval; a claim *holds* when the whole interval lies beyond the margin. The verdict is "
+        "that of fresh seeds, by which nothing was chosen (`stillroom verify NAME --first-seed 5`); *first seeds* are those that settings "
+        "were chosen on. A recipe without fresh seeds shows the first ones, and says so.",
     ]
-    for name, entry in entries.items():
-        lines += ["", f"## {name}", "", f"{entry['seeds']} seeds, {entry['processor']}, torch {entry['versions']['torch']}.", ""]
-        again = {c["text"]: c for c in (fresh or {}).get(name, {}).get("claims", [])}
-        lines += ["| claim | metric | arm | versus | difference | margin | verdict | fresh seeds | paper |", "|---" * 9 + "|"]
+    for name in sorted({*entries, *(fresh or {})}):
+        first, again = entries.get(name, {}), (fresh or {}).get(name, {})
+        entry, other = (again, first) if again else (first, {})
+        beside = {claim["text"]: claim for claim in other.get("claims", [])}
+        seeds = f"{entry['seeds']} fresh seeds from {entry['first_seed']}" if again else f"{entry['seeds']} seeds, none of them fresh"
+        lines += ["", f"## {name}", "", f"{seeds}, {entry['processor']}, torch {entry['versions']['torch']}.", ""]
+        lines += ["| claim | metric | arm | versus | difference | margin | verdict | first seeds | paper |", "|---" * 9 + "|"]
         for c in entry["claims"]:
             versus = c["versus"] if isinstance(c["versus"], str) else number(c["versus"])
             cells = [c["text"], f"{c['metric']} ({c['better']})", c["arm"], versus, interval(c), number(c["margin"]), f"**{c['verdict']}**"]
-            cells += [f"{other['verdict']}, {interval(other)}" if (other := again.get(c["text"])) else "", c["paper"]]
+            cells += [f"{o['verdict']}, {interval(o)}" if (o := beside.get(c["text"])) else "", c["paper"]]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         names = list(dict.fromkeys(k for arm in entry["arms"].values() for m in arm["metrics"].values() for k in m))
         lines += ["", "| arm | " + " | ".join(names) + " | seconds |", "|---|" + "---|" * (len(names) + 1)]

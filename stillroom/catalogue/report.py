@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillroom.catalogue import cards
+from stillroom.catalogue.execute import read_result
 from stillroom.core.errors import UserError
 from stillroom.core.pictures import COLOURS, svg
 from stillroom.core.store import write_atomic
@@ -41,24 +42,16 @@ def shown(metric: str, value: float | None) -> str:
 
 
 # -- what a run folder says --------------------------------------------------------------------------------------------------------
-def read(folder: Path) -> dict[str, Any]:
-    """A finished run's result. UserError for a folder without one."""
-    file = folder / "result.json"
-    if not file.exists():
-        raise UserError(f"{folder} holds no finished run (no result.json); continue it with its `stillroom run` command first.")
-    return json.loads(file.read_text())
-
-
 def table(folder: Path) -> list[dict[str, Any]]:
     """The final table: teacher, student without the method, student with it. Each row has a name and metrics."""
-    result = read(folder)
+    result = read_result(folder)
     student = f"student: {result['arm'] or 'method'}"
     rows = result["rows"] or [{"name": "student", **result["metrics"]}]
     teachers = [row for row in rows if row["name"] != "student"]
     mine = [{**row, "name": student} for row in rows if row["name"] == "student"]
     if not (folder / "baseline" / "result.json").exists():
         return teachers + mine
-    other = read(folder / "baseline")
+    other = read_result(folder / "baseline")
     rows = other["rows"] or [{"name": "student", **other["metrics"]}]
     return teachers + [{**row, "name": f"student: {other['arm']}"} for row in rows if row["name"] == "student"] + mine
 
@@ -158,27 +151,31 @@ def _samples(folder: Path, label: str) -> list[dict[str, str]]:
 
 
 def records(file: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The records of a metrics.jsonl; a last line cut short by a kill is left out. UserError for any other line that is damaged."""
     if not file.exists():
         return []
-    lines = file.read_text().splitlines()
+    lines = file.read_text(errors="replace").splitlines()
     found = []
-    for i, line in enumerate(lines):
+    for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            if i + 1 < len(lines):
-                raise
+            record = json.loads(line)
+            numbers = [value for key, value in record.items() if key != "loop"]
+            if not isinstance(record["loop"], str) or not all(isinstance(value, float | int) for value in [record["step"], *numbers]):
+                raise ValueError
+            found.append(record)
+        except (ValueError, KeyError, AttributeError):
+            if number < len(lines):
+                raise UserError(f"{file}, line {number} is damaged: delete that line, and the page leaves out what it held.") from None
     return found
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------------------
 def write(folder: Path) -> Path:
     """report.html of a finished run, with its baseline beside it."""
-    result = read(folder)
+    result = read_result(folder)
     parts = [(result["arm"] or "method", folder)]
     if (folder / "baseline" / "result.json").exists():
-        parts.insert(0, (read(folder / "baseline")["arm"], folder / "baseline"))
+        parts.insert(0, (read_result(folder / "baseline")["arm"], folder / "baseline"))
     html = page(cards.load(result["recipe"]).__doc__ or result["recipe"], table(folder), parts, [result])
     write_atomic(folder / "report.html", html)
     return folder / "report.html"
@@ -188,7 +185,9 @@ def compare(folders: list[Path], out: Path) -> Path:
     """One page for several runs. UserError when one of them is not a finished run."""
     if not folders:
         raise UserError("give the folders of the runs to compare.", code=2)
-    results = [read(folder) for folder in folders]
+    if out.is_dir() or not out.name:
+        raise UserError(f"--out {out} is a folder: name a file, such as {out / 'compare.html'}.", code=2)
+    results = [read_result(folder) for folder in folders]
     rows = [{**row, "name": f"{folder.name}, {row['name']}"} for folder in folders for row in table(folder)]
     title = f"{len(folders)} runs compared\n\n" + "\n".join(
         f"{f.name}: {r['recipe']}, seed {r['seed']}" for f, r in zip(folders, results, strict=True)

@@ -201,6 +201,8 @@ class Ddp(_Distributed):
 class Fsdp2(_Distributed):
     """Every role is sharded on its own, whole-module granularity plus each child that holds at least a million parameters."""
 
+    sharded = True
+
     def __init__(self, device: str | None = None, precision: Precision = "fp32"):
         self.rank, self.world, self.local_rank = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         super().__init__(device, precision)

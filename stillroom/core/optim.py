@@ -32,7 +32,7 @@ class Optimizer:
     nesterov: bool = False
     weight_decay: NonNegative = 0.0
     decay: Literal["all", "matrices"] = "all"
-    """Parameters that decay: all, or not biases, norms, class tokens and position tables (one dimension, or a leading one of size 1)."""
+    """Parameters that decay: all, or not biases and norms (fewer than two dimensions), class tokens and position tables (1, N, d)."""
     schedule: Literal["constant", "cosine", "linear", "step"] = "constant"
     """Shape of the learning rate over the run; cosine and linear end at `end`."""
     end: NonNegative = 0.0
@@ -49,7 +49,8 @@ class Optimizer:
         parameters = list(parameters)
         # The fused kernels do the same arithmetic in one pass over all tensors; plain strided float tensors only.
         fused = all(type(p) in (nn.Parameter, torch.Tensor) and p.is_floating_point() for p in parameters) or None
-        exempt = [self.decay == "matrices" and (p.ndim < 2 or p.shape[0] == 1) for p in parameters]
+        # A leading dimension of 1 alone exempts nothing: so have a linear layer (1, d) and a convolution (1, C, H, W) with one output.
+        exempt = [self.decay == "matrices" and (p.ndim < 2 or (p.ndim == 3 and p.shape[0] == 1)) for p in parameters]
         groups: Any = parameters
         if any(exempt):
             decaying, others = ([p for p, free in zip(parameters, exempt) if free == which] for which in (False, True))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-INK = "#123456"  # stands for the page's text colour while matplotlib draws
+INK = "#123456"  # stands for the page's text colour while matplotlib draws: the colour of everything in the style file
+STYLE = Path(__file__).with_name("page.mplstyle")
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899")
 
 
@@ -19,21 +21,7 @@ def svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.2, 3.3)) -> 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style: dict[str, Any] = dict.fromkeys(ink, INK) | {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "stillroom",
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": INK,
-        "grid.alpha": 0.12,
-        "legend.frameon": False,
-        "axes.prop_cycle": cycler(color=COLOURS),
-    }
-    with rc_context(style):  # type: ignore[arg-type]
+    with rc_context({"axes.prop_cycle": cycler(color=COLOURS)}, STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()

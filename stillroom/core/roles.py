@@ -63,7 +63,7 @@ class Roles(dict[str, Role]):
             if isinstance(role.config, Optimizer):
                 rate = role.config.rate(step, total)
                 for group in role.optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("ratio", 1.0)
 
     def backward(self, learners: list[Role], loss: torch.Tensor, weight: Any) -> None:
         """Gradients of `loss` for `learners` only, weighted so that chunks and processes add up to the mean over the effective batch."""

@@ -100,7 +100,7 @@ class Run:
             if self.parent is None or wait:
                 self._lock = self.store.lock(self.folder) if wait else FileLock(self.folder / ".lock")
                 self._lock.acquire(timeout=-1 if wait else 0)
-            for leftover in self.folder.glob(".*.tmp"):
+            for leftover in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")]:
                 leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
         except Timeout:
             raise UserError(f"{self.folder} is in use by another live process; wait for it, or choose another --out.") from None

@@ -16,11 +16,14 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stillroom import __version__
@@ -82,6 +85,9 @@ def _source(function: Callable) -> str:
         raise TypeError(f"cannot read the source of {function.__qualname__}, so its result cannot be cached") from error
 
 
+TENSORS = "tensors.safetensors"
+
+
 class Store:
     """A folder of entries `NAME-FINGERPRINT/`."""
 
@@ -96,35 +102,32 @@ class Store:
         """`build(*inputs)` as a dict of tensors, computed once for equal inputs and equal source.
 
         `build` must not close over variables: what it reads has to be among the inputs, or the key would not see it change.
-        Its random draws are seeded by the key, and leave the caller's generators as they were. UserError for a damaged entry.
+        Its random draws are seeded by the key, and leave the caller's generators as they were. What does not match its checksum is made
+        anew, with a warning.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file, save_file
-
         if inspect.getclosurevars(build).nonlocals:
             raise TypeError(f"{build.__qualname__} closes over {sorted(inspect.getclosurevars(build).nonlocals)}: pass them as inputs")
         folder = self.entry(name, build, *inputs)
-        file = folder / "tensors.safetensors"
-        if not file.exists():
+        if (found := _intact(folder)) is None:
             with self.lock(folder):
-                if not file.exists():
+                if (found := _intact(folder)) is None:
+                    if folder.exists():
+                        warnings.warn(f"the store's entry {folder} is damaged, and is made anew", stacklevel=2)
                     for leftover in self.leftovers(folder):
                         shutil.rmtree(leftover)
                     with _draws(folder.name[-15:]):
-                        tensors = {k: v.detach().to("cpu").contiguous() for k, v in build(*inputs).items()}
+                        found = {k: v.detach().to("cpu").contiguous() for k, v in build(*inputs).items()}
                     try:
                         with replacing(folder) as fresh:
-                            save_file(tensors, fresh / file.name)
-                            (fresh / "entry.json").write_text(json.dumps({"name": name, "kind": "tensors", "made": time.time()}))
+                            save_file(found, fresh / TENSORS)
+                            entry = {"name": name, "kind": "tensors", "made": time.time(), "digest": _digest(fresh / TENSORS)}
+                            (fresh / "entry.json").write_text(json.dumps(entry))
                     except (OSError, SafetensorError) as error:
                         raise UserError(
                             f"cannot write to the store {self.folder} ({error}): free space, or choose another --cache."
                         ) from None
         os.utime(folder)  # the time of last use, shown by `stillroom cache`
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({error}). `stillroom cache --clear --name {name}` removes it.") from None
+        return found
 
     def lock(self, folder: Path) -> Any:
         """An inter-process lock on an entry; the operating system frees it when its holder dies."""
@@ -136,6 +139,20 @@ class Store:
     def leftovers(self, folder: Path) -> list[Path]:
         """Half-written folders of builders that were killed; only for who holds the entry's lock."""
         return list(self.folder.glob(f".{glob.escape(folder.name)}.*.tmp"))
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "blake2b").hexdigest()
+
+
+def _intact(folder: Path) -> dict[str, torch.Tensor] | None:
+    """An entry's tensors; None when there are none, or other bytes than were written."""
+    try:
+        entry = json.loads((folder / "entry.json").read_text())
+        return load_file(folder / TENSORS) if _digest(folder / TENSORS) == entry["digest"] else None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
 
 
 @contextlib.contextmanager

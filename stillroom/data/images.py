@@ -176,9 +176,9 @@ def balanced_rows(labels: Tensor, count: int, generator: torch.Generator) -> Ten
 
 
 def hold_out(data: ImageData, count: int, seed: int) -> tuple[ImageData, Split]:
-    """The task with `count` class-balanced training images fewer, and those images. UserError when none would be left to train on."""
-    if count >= len(data.train):
-        raise UserError(f"--validation {count} leaves nothing of the {len(data.train)} training images; lower it.", code=2)
+    """The task with `count` class-balanced training images fewer, drawn from `seed`, and those images. UserError unless both have some."""
+    if not 0 < count < len(data.train):
+        raise UserError(f"--validation: {count} of the {len(data.train)} training images cannot be held out, both need some.", code=2)
     rows = balanced_rows(data.train.labels, count, torch.Generator().manual_seed(seed))
     rest = torch.ones(len(data.train), dtype=torch.bool)
     rest[rows] = False

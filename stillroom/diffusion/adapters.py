@@ -100,6 +100,13 @@ def anatomy(net: Any) -> Anatomy:
     return Anatomy(blocks, (clock, clock.linear_2.out_features), text=getattr(net.config, last))
 
 
+def inner(net: Any) -> nn.Module:
+    """The network itself, without what wraps it."""
+    while isinstance(getattr(net, "net", None), nn.Module):
+        net = net.net
+    return net
+
+
 class Adapters(nn.Module):
     """All adapters of one network, hung on it by hooks; the network itself is neither changed nor held.
 
@@ -113,7 +120,7 @@ class Adapters(nn.Module):
         self.w: Time | None = None
         self._side: dict[str, Tensor] = {}
         self.handles: list[Any] = []
-        body = anatomy(net)
+        body = anatomy(inner(net))
         make = CrossAttention if kind == "cross_attention" else Offset
         self.blocks = nn.ModuleList(make(dim, width) for _, dim in body.blocks)
         self.scale, self.time = Scalar(width), nn.Linear(body.time[1], width)
@@ -125,6 +132,7 @@ class Adapters(nn.Module):
         self._side[name] = out
 
     def attach(self, net: nn.Module) -> None:
+        net = inner(net)
         body = anatomy(net)
         self.handles = [net.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for name, part in (("time", body.time), ("label", body.label)):

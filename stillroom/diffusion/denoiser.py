@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -215,14 +214,3 @@ def take(cond: Any, index: Any) -> Any:
     if isinstance(cond, dict):
         return {name: take(value, index) for name, value in cond.items()}
     return None if cond is None else cond[index]
-
-
-@contextmanager
-def tapped(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the outputs of `module` during the block: features of a denoiser for an adversarial head."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        handle.remove()

@@ -1,38 +1,15 @@
-"""Training objectives of denoisers: denoising with the usual weights, discrete and continuous consistency. One value per sample."""
+"""Training objectives of denoisers: distances, discrete and continuous consistency. One value per sample."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stillroom.diffusion.processes import TINY, Process, Time, along, as_time
-
-Weight = Literal["x0", "eps", "v", "velocity", "edm"]
-
-
-def weight(kind: Weight, process: Process, t: Time, sigma_data: float = 0.5) -> Tensor:
-    """Weight of ||D - x0||^2 that makes it the squared error of the named parametrization (`Denoiser.target`), float64 like t.
-
-    eps: alpha^2 / sigma^2; v: 1 / sigma^2 (unit norm); velocity: (alpha sigma' - alpha' sigma)^2 / sigma^2, which is 1 / t^2 in Flow;
-    edm: 1 / rho^2 + 1 / sigma_data^2 (DMD2's "karras").
-    """
-    a, s = process.alpha(t), process.sigma(t).clamp_min(TINY)
-    match kind:
-        case "x0":
-            return torch.ones_like(s)
-        case "eps":
-            return (a / s) ** 2
-        case "v":
-            return (a**2 + s**2) ** 2 / s**2
-        case "velocity":
-            da, ds = process.rates(t)
-            return ((a * ds - da * s) / s) ** 2
-        case "edm":
-            return process.rho(t).clamp_min(TINY) ** -2 + sigma_data**-2
+from stillroom.diffusion.processes import Time, along, as_time
 
 
 def per_sample(values: Tensor) -> Tensor:
@@ -45,10 +22,37 @@ def squared(a: Tensor, b: Tensor) -> Tensor:
     return per_sample((a - b) ** 2)
 
 
-def pseudo_huber(a: Tensor, b: Tensor, scale: float = 0.00054) -> Tensor:
-    """[B] sqrt(||a - b||^2 + c^2) - c with c = scale sqrt(dim) (improved consistency training)."""
-    c = scale * math.sqrt(a[0].numel())
+def pseudo_huber(a: Tensor, b: Tensor, scale: float = 0.00054, c: float | None = None) -> Tensor:
+    """[B] sqrt(||a - b||^2 + c^2) - c with c = scale sqrt(dim) (improved consistency training), or c as given."""
+    c = scale * math.sqrt(a[0].numel()) if c is None else c
     return ((a - b).flatten(1).pow(2).sum(1) + c * c).sqrt() - c
+
+
+def consistent(
+    student: nn.Module,
+    target: nn.Module,
+    upper: tuple[Tensor, Time],
+    lower: tuple[Tensor, Time],
+    cond: Any = None,
+    *,
+    end: Time | None = None,
+    view: Callable[[Tensor], Tensor] = lambda x: x,
+    distance: Callable[[Tensor, Tensor], Tensor] = squared,
+) -> Tensor:
+    """[B] d(view f(x_t, t), sg view f_target(x_s, s)): two neighbours on a path, upper = (x_t, t) and lower = (x_s, s), lead to the same.
+
+    f is the clean prediction (Song et al. 2023), or with `end` the jump alpha_end x0 + sigma_end eps to that time (CTM, TCD), both in the
+    process of the target. Gradient through f(x_t, t) only. The target answers first, so that its noise is drawn before the student's.
+    """
+    process: Any = target.process
+
+    def arrived(net: nn.Module, x: Tensor, t: Time) -> Tensor:
+        pair = net(x, t, cond)
+        return view(pair.x0 if end is None else process.mix(*pair, end))
+
+    with torch.no_grad():
+        goal = arrived(target, *lower)
+    return distance(arrived(student, *upper), goal)
 
 
 def cm_scalings(rho: Time, sigma_data: float = 0.5, low: float = 0.002) -> tuple[Tensor, Tensor]:

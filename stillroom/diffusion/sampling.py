@@ -7,7 +7,7 @@ is written once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -24,6 +24,16 @@ class Step(Protocol):
     def __call__(self, denoiser: nn.Module, x: Tensor, t: float, s: float, cond: Any, process: Process) -> tuple[Tensor, Prediction]: ...
 
 
+class Noise(Protocol):
+    """Fresh unit noise like x for samples with these conditions (`Setting.noise_like`): some data live in a subspace."""
+
+    def __call__(self, x: Tensor, cond: Any = None) -> Tensor: ...
+
+
+def plain_noise(x: Tensor, cond: Any = None) -> Tensor:
+    return torch.randn_like(x)
+
+
 def ddim(denoiser: nn.Module, x: Tensor, t: Time, s: Time, cond: Any, process: Process) -> tuple[Tensor, Prediction]:
     """The deterministic jump x_s = alpha_s x0 + sigma_s eps, first order."""
     pair: Prediction = denoiser(x, t, cond, process)
@@ -33,9 +43,9 @@ def ddim(denoiser: nn.Module, x: Tensor, t: Time, s: Time, cond: Any, process: P
 def heun(denoiser: nn.Module, x: Tensor, t: Time, s: Time, cond: Any, process: Process) -> tuple[Tensor, Prediction]:
     """Second order: the slope dx/dt is averaged over both ends (in rho for VP, where dx/drho = eps); one call into the data end."""
     guess, pair = ddim(denoiser, x, t, s, cond, process)
-    arrived = process.rho(as_time(s, x)) == 0
-    if arrived.all():
+    if not isinstance(s, Tensor) and s == process.clean:
         return guess, pair
+    arrived = process.rho(as_time(s, x)) == 0
     after: Prediction = denoiser(guess, s, cond, process)
     here, there = as_time(t, x), as_time(s, x)
     if isinstance(process, VP):
@@ -48,19 +58,28 @@ def heun(denoiser: nn.Module, x: Tensor, t: Time, s: Time, cond: Any, process: P
 
 
 def gamma_step(
-    denoiser: nn.Module, x: Tensor, t: float, s: float, cond: Any, process: Process, gamma: float = 1.0
+    denoiser: nn.Module,
+    x: Tensor,
+    t: float,
+    s: float,
+    cond: Any,
+    process: Process,
+    gamma: float = 1.0,
+    scale: float = 1.0,
+    noise: Noise = plain_noise,
 ) -> tuple[Tensor, Prediction]:
     """TCD: jump to s' = (1 - gamma) of the way from data to s, then noise back to s. 0 is `ddim`, 1 is consistency multistep.
 
-    No noise on the step that lands on the data.
+    scale: factor on the fresh noise (below 1: low temperature). No noise on the step that lands on the data.
     """
     pair: Prediction = denoiser(x, t, cond, process)
     if s == process.clean:
         return pair.x0, pair
     lower = process.clean + (1 - gamma) * (s - process.clean)
-    if float(process.rho(lower)) == 0:
-        return process.mix(pair.x0, torch.randn_like(x), s), pair
-    return process.renoise(process.mix(*pair, lower), lower, s, torch.randn_like(x)), pair
+    eps = noise(x, cond) if scale == 1 else scale * noise(x, cond)
+    if lower == process.clean:
+        return process.mix(pair.x0, eps, s), pair
+    return process.renoise(process.mix(*pair, lower), lower, s, eps), pair
 
 
 consistency = partial(gamma_step, gamma=1.0)
@@ -68,18 +87,27 @@ consistency = partial(gamma_step, gamma=1.0)
 
 
 def sde_step(
-    denoiser: nn.Module, x: Tensor, t: float, s: float, cond: Any, process: Process, strength: float = 1.0, temperature: float = 1.0
+    denoiser: nn.Module,
+    x: Tensor,
+    t: float,
+    s: float,
+    cond: Any,
+    process: Process,
+    strength: float | Callable[[float], float] = 1.0,
+    temperature: float = 1.0,
+    noise: Noise = plain_noise,
 ) -> tuple[Tensor, Prediction]:
-    """Euler-Maruyama on dx = (velocity + g score) dt + sqrt(2 g eta) dw towards the data, g = strength, eta = temperature (Proteina).
+    """Euler-Maruyama on dx = (velocity + g score) dt + sqrt(2 g eta) dw towards the data, eta = temperature (Proteina).
 
-    eta = 1 keeps the marginals. The step into the data end is the deterministic jump.
+    strength: g, a number or a function of t. eta = 1 keeps the marginals. The step into the data end is the deterministic jump.
     """
     guess, pair = ddim(denoiser, x, t, s, cond, process)
-    if s == process.clean or strength == 0:
+    g = strength(t) if callable(strength) else strength
+    if s == process.clean or g == 0:
         return guess, pair
     span = abs(s - t)
-    drift = (s - t) * process.velocity(*pair, t) + span * strength * process.score(pair.eps, t)
-    return x + drift + (2 * strength * temperature * span) ** 0.5 * torch.randn_like(x), pair
+    drift = (s - t) * process.velocity(*pair, t) + span * g * process.score(pair.eps, t)
+    return x + drift + (2 * g * temperature * span) ** 0.5 * noise(x, cond), pair
 
 
 class Point(NamedTuple):

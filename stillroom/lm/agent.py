@@ -22,6 +22,8 @@ Chat = list[dict[str, str]]
 Policy = Callable[[Sequence[Chat], Sequence[str], int], Sequence[Sequence[str]]]
 """(chats, openings, samples) -> replies, `samples` per chat, each beginning with its opening."""
 
+STOPS = ("Observation:", "Calling tools:")
+"""What an agent must not write itself: generation ends there."""
 FENCE = re.compile(r"Code:\s*```(?:py|python)?\n(.*?)\n?```", re.DOTALL)
 ANSWER = "final_answer"
 
@@ -39,10 +41,12 @@ class Episode:
     opening: str = ""
 
     def trace(self, system: str, **source: Any) -> Trace:
-        """For training: under the given short system prompt, ending with the last assistant message, observations context only."""
+        """For training: under the given short system prompt, ending with the last assistant message, observations context only. A reply
+        ends with the code that was run: what follows it was made up before anything was observed."""
         last = max(i for i, message in enumerate(self.chat) if message["role"] == "assistant")
         head = [{"role": "system", "content": system}] if system else []
-        body = [m for m in self.chat[: last + 1] if m["role"] != "system"]
+        body = [m | {"content": _through_code(m["content"])} if m["role"] == "assistant" else m for m in self.chat[: last + 1]]
+        body = [m for m in body if m["role"] != "system"]
         return Trace.of([*head, *body], answer=self.answer, **source)
 
     @property
@@ -55,6 +59,11 @@ def code_of(text: str) -> str | None:
     """The fenced code of a reply, or None."""
     found = FENCE.search(text)
     return found[1] if found else None
+
+
+def _through_code(text: str) -> str:
+    found = FENCE.search(text)
+    return text[: found.end()] if found else text
 
 
 def observation(outcome: Outcome) -> str:

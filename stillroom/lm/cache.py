@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 from stillroom.core.errors import UserError
 from stillroom.core.store import write_atomic
+from stillroom.lm.output import OutputLayer
+from stillroom.lm.output import head as head_of
 from stillroom.lm.signals import Dense, Head, Sampled, Signal, TopK, log_leftover
 from stillroom.lm.tokenizer import fingerprint
 from stillroom.metrics.modes import eval_mode
@@ -64,7 +66,7 @@ class TeacherCache:
             for name, (dtype, width) in self.meta["columns"].items()
         }
         self._ids = np.memmap(folder / "tokens.bin", self.meta["token_dtype"], "r")
-        self._head: dict[str, Tensor] | None = None
+        self._heads: dict[Any, OutputLayer] = {}
 
     @property
     def bytes_per_token(self) -> float:
@@ -80,27 +82,36 @@ class TeacherCache:
         """Token ids (L,) of a captured sequence."""
         return torch.from_numpy(self._ids[self._token_starts[index] : self._token_starts[index + 1]].astype(np.int64))
 
-    def signal(self, indices: Sequence[int], *, width: int | None = None) -> Signal:
-        """The teacher's word on the sequences' predicted positions, rows in the order of `align`ing a batch of them padded right to
-        `width` tokens (default: the longest). Rows of padding repeat the sequence's last one: their labels must be ignored.
+    def signal(self, indices: Sequence[int], *, width: int | None = None, device: torch.device | str = "cpu") -> Signal:
+        """The teacher's word on the sequences' predicted positions, on `device`, rows in the order of `align`ing a batch of them padded
+        right to `width` tokens (default: the longest). Rows of padding repeat the sequence's last one: their labels must be ignored.
         """
         width = width or max(self.meta["lengths"][i] for i in indices)
         rows = np.concatenate([np.minimum(self._starts[i] + np.arange(width - 1), self._starts[i + 1] - 1) for i in indices])
-        got = {name: torch.from_numpy(np.asarray(column[rows])) for name, column in self._columns.items()}
-        heat = self.capture.temperature
+        got = {name: torch.from_numpy(np.asarray(column[rows])).to(device) for name, column in self._columns.items()}
+        at = self.capture.temperature
         match self.capture.kind:
             case "topk":
-                return TopK(got["ids"].long(), got["log_probs"].float(), got["log_tail"].float().squeeze(-1), heat)
+                return TopK(got["ids"].long(), got["log_probs"].float(), got["log_tail"].float().squeeze(-1), at)
             case "sampled":
                 ids = got["ids"].long()
-                return Sampled(ids, got["weights"].float() if "weights" in got else torch.full(ids.shape, 1 / ids.shape[1]), heat)
+                return Sampled(
+                    ids, got["weights"].float() if "weights" in got else torch.full(ids.shape, 1 / ids.shape[1], device=ids.device), at
+                )
             case "states":
-                self._head = self._head or load_file(self.folder / "head.safetensors")
-                return Head(got["states"].float(), self._head["weight"].float(), self._head.get("bias"))
+                return Head(got["states"].float(), self._head(device))
             case "full":
                 return Dense(got["log_probs"].float())
             case _:
                 raise UserError("A cache of kind 'text' holds no distributions: read its log_probs.")
+
+    def _head(self, device: torch.device | str) -> OutputLayer:
+        """The teacher's output layer, kept where it was asked for."""
+        if device not in self._heads:
+            kept = load_file(self.folder / "head.safetensors", device=str(device))
+            bias = kept["bias"].float() if "bias" in kept else None
+            self._heads[device] = OutputLayer(kept["weight"].float(), bias, **self.meta["head"])
+        return self._heads[device]
 
     def log_probs(self, indices: Sequence[int]) -> Tensor:
         """Kind text: log-probabilities of all tokens after the first of each sequence, one sequence after the other."""
@@ -159,12 +170,12 @@ def capture(
     lengths = [len(ids) for ids in sequences]
     if min(lengths, default=0) < 2:
         raise UserError("A teacher cache needs sequences of at least two tokens: the first token alone predicts nothing here.")
-    head = teacher.get_output_embeddings()  # type: ignore[operator]
+    head = head_of(teacher)
     words = min(vocabulary or head.weight.shape[0], head.weight.shape[0])
     columns = _columns(what, words, head.weight.shape[1])
-    meta = {
+    meta: dict[str, Any] = {
         "teacher": model_hash(teacher), "tokenizer": fingerprint(tokenizer), "text": text_hash(sequences), "capture": asdict(what),
-        "vocabulary": words, "lengths": lengths, "columns": columns,
+        "vocabulary": words, "lengths": lengths, "columns": columns, "head": {"scale": head.scale, "cap": head.cap},
         "token_dtype": _id_dtype(1 + max(int(np.max(np.asarray(ids))) for ids in sequences)),
     }  # fmt: skip
     key = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "lengths"}, sort_keys=True).encode()).hexdigest()[:16]
@@ -175,7 +186,8 @@ def capture(
             return TeacherCache(folder)
         np.concatenate([np.asarray(ids) for ids in sequences]).astype(meta["token_dtype"]).tofile(folder / "tokens.bin")
         if what.kind == "states":
-            save_file({k: v.detach()[:words].half().contiguous() for k, v in head.named_parameters()}, folder / "head.safetensors")
+            kept = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+            save_file({k: v.detach()[:words].half().contiguous() for k, v in kept.items()}, folder / "head.safetensors")
         _run(folder, teacher, sequences, lengths, what, columns, words, batch, progress)
         write_atomic(folder / "meta.json", json.dumps(meta))
         (folder / "done.json").unlink(missing_ok=True)
@@ -219,10 +231,10 @@ def _read(teacher: nn.Module, part: list[Tensor], what: Capture, words: int, gen
     states = hidden[:, :-1][mask[:, 1:].bool()]
     if what.kind == "states":
         return {"states": states.float().cpu()}
-    head = teacher.get_output_embeddings()  # type: ignore[operator]
+    head = head_of(teacher)
     following = ids[:, 1:][mask[:, 1:].bool()]
     chunks = [
-        _columns_of((head(rows)[:, :words].float() / what.temperature).log_softmax(-1), what, generator, label)
+        _columns_of((head.logits(rows)[:, :words].float() / what.temperature).log_softmax(-1), what, generator, label)
         for rows, label in zip(states.split(256), following.split(256))
     ]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

@@ -18,8 +18,9 @@ from stillroom.core.errors import UserError
 from stillroom.data.sequences import Rows
 from stillroom.lm.cache import TeacherCache
 from stillroom.lm.chunked import Chunked, chunked_loss, token_log_probs
+from stillroom.lm.output import OutputLayer, head
 from stillroom.lm.signals import Dense, Head, Signal, Temperature
-from stillroom.lm.text import head, states
+from stillroom.lm.text import states
 from stillroom.lm.tokenizer import encode_with_offsets, fingerprint
 from stillroom.lm.traces import Trace, labels_within, rendered
 from stillroom.losses.tokens import IGNORE, Divergence, align, tempered
@@ -59,6 +60,9 @@ class Sorted:
 
     def __getitem__(self, rows: slice | Tensor) -> Sorted:
         return Sorted(self.teacher[rows])
+
+    def to(self, device: torch.device | str) -> Sorted:
+        return Sorted(self.teacher.to(device))
 
     def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
         if not isinstance(self.teacher, Dense | Head):
@@ -143,9 +147,9 @@ class Read:
         whole, spans = rendered(tokenizer, text)
         ids, offsets = encode_with_offsets(tokenizer, whole)
         before, contents = bytes_before(whole), []
-        for said, (start, stop) in zip((s.text.strip() for s in text.segments if s.trained), spans):
-            place = whole.find(said, start, stop)
-            contents += [(before[place], before[place + len(said)])] if place >= 0 else []
+        for reply, (start, stop) in zip((s.text.strip() for s in text.segments if s.trained), spans):
+            place = whole.find(reply, start, stop)
+            contents += [(before[place], before[place + len(reply)])] if place >= 0 else []
         return cls(ids, labels_within(ids, offsets, spans), byte_ends(whole, offsets), contents)
 
     def trained(self, place: int) -> bool:
@@ -232,35 +236,35 @@ def group_likelihoods(cache: TeacherCache, pairs: Paired) -> list[Tensor]:
 
 def group_loss(
     cache: TeacherCache | None, pairs: Paired, ce_weight: float, kd_weight: float, temperature: float = 1.0
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Chunked]:
-    """`loss(hidden, weight, labels, index)` for the aligned rows of a batch of the student's texts: its cross-entropy, and beside it
+) -> Callable[[Tensor, OutputLayer | Tensor, Tensor, Tensor], Chunked]:
+    """`loss(hidden, head, labels, index)` for the aligned rows of a batch of the student's texts: its cross-entropy, and beside it
     `likelihood_gap` over the groups when the cache of the teacher's rows is of kind text, `uld` where they begin when it is of kind states.
 
     Both are sums over the number of trained tokens, so that with equal tokenizers a group counts as a token.
     """
-    said = group_likelihoods(cache, pairs) if cache and cache.capture.kind == "text" else []
+    kept = group_likelihoods(cache, pairs) if cache and cache.capture.kind == "text" else []
 
-    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, index: Tensor) -> Chunked:
-        chosen, out = index.tolist(), chunked_loss(hidden, weight, labels, ce_weight=ce_weight)
+    def loss(hidden: Tensor, layer: OutputLayer | Tensor, labels: Tensor, index: Tensor) -> Chunked:
+        chosen, out = index.tolist(), chunked_loss(hidden, layer, labels, ce_weight=ce_weight)
         count = out.tokens.clamp(min=1)
         if cache is None:
             return out
-        if said:
-            log_q = student_likelihoods(hidden, weight, labels, pairs, chosen)
-            kd = likelihood_gap(torch.cat([said[i] for i in chosen]).to(log_q), log_q).sum() / count
+        if kept:
+            log_q = student_likelihoods(hidden, layer, labels, pairs, chosen)
+            kd = likelihood_gap(torch.cat([kept[i] for i in chosen]).to(log_q), log_q).sum() / count
         else:
             rows, width = pairs.members(chosen, 1, starts=True).to(hidden.device), pairs.teacher.ids.shape[1]
-            taught = Sorted(cache.signal(chosen, width=width)[pairs.members(chosen, 0, starts=True)])
-            kd = chunked_loss(hidden[rows], weight, labels[rows], taught, temperature=temperature, count=count).loss
+            taught = Sorted(cache.signal(chosen, width=width)[pairs.members(chosen, 0, starts=True)]).to(hidden.device)
+            kd = chunked_loss(hidden[rows], layer, labels[rows], taught, temperature=temperature, count=count).loss
         return out._replace(loss=out.loss + kd_weight * kd, kd=kd.detach())
 
     return loss
 
 
-def student_likelihoods(hidden: Tensor, weight: Tensor, labels: Tensor, pairs: Paired, indices: Sequence[int]) -> Tensor:
+def student_likelihoods(hidden: Tensor, layer: OutputLayer | Tensor, labels: Tensor, pairs: Paired, indices: Sequence[int]) -> Tensor:
     """Log-likelihoods (groups,) under the student, from the aligned rows of a batch."""
     rows = pairs.members(indices, 1).to(hidden.device)
-    return group_log_probs(token_log_probs(hidden[rows], weight, labels[rows]), pairs.sizes(indices, 1))
+    return group_log_probs(token_log_probs(hidden[rows], layer, labels[rows]), pairs.sizes(indices, 1))
 
 
 @torch.no_grad()

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stillroom.metrics.modes import eval_mode
 from stillroom.nets.decoder import Attention, Block, Gate
+from stillroom.nets.hooks import hooked
 
 
 @torch.no_grad()
 def attention_maps(net: nn.Module, *inputs: Tensor) -> list[Tensor]:
     """Probabilities (B, H, n, n) of every Attention in one forward pass, recomputed from its inputs."""
-    maps: list[Tensor] = []
-    _watch(net, Attention, lambda module, given, out: maps.append(module.weights(*given[:2])), inputs)
-    return maps
+    return _seen(net, Attention, lambda module, given, out: module.weights(*given), inputs)
 
 
 @torch.no_grad()
 def gate_scores(net: nn.Module, *inputs: Tensor) -> list[Tensor]:
     """Activated scores of every Gate in one forward pass, (B, n, H, c or 1)."""
-    scores: list[Tensor] = []
-    _watch(net, Gate, lambda module, given, out: scores.append(module.scores(given[0]).expand(*given[0].shape[:2], -1, -1)), inputs)
-    return scores
+    return _seen(net, Gate, lambda module, given, out: module.scores(given[0]).expand(*given[0].shape[:2], -1, -1), inputs)
 
 
 @torch.no_grad()
 def massive_activation(net: nn.Module, *inputs: Tensor) -> float:
     """Largest absolute value of the hidden state after each Block, averaged over blocks."""
-    peaks: list[float] = []
-    _watch(net, Block, lambda module, given, out: peaks.append(out.abs().max().item()), inputs)
+    peaks = _seen(net, Block, lambda module, given, out: out.abs().max().item(), inputs)
     return sum(peaks) / len(peaks)
 
 
@@ -53,11 +50,9 @@ def spikes(losses: Sequence[float], decay: float = 0.95, jump: float = 0.3) -> i
     return count
 
 
-def _watch(net: nn.Module, kind: type[nn.Module], note: object, inputs: tuple[Tensor, ...]) -> None:
-    handles = [module.register_forward_hook(note) for module in net.modules() if isinstance(module, kind)]  # type: ignore[arg-type]
-    try:
-        with eval_mode(net):
-            net(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _seen(net: nn.Module, kind: type[nn.Module], note: Callable[[Any, tuple, Any], Any], inputs: tuple[Tensor, ...]) -> list[Any]:
+    """`note(module, inputs, output)` of every module of a kind in one forward pass in evaluation mode."""
+    modules, found = [module for module in net.modules() if isinstance(module, kind)], []
+    with hooked(modules, lambda place, given, out: found.append(note(modules[place], given, out))), eval_mode(net):
+        net(*inputs)
+    return found

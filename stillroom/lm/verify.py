@@ -10,6 +10,7 @@ from math import comb
 from typing import TypeVar
 
 T = TypeVar("T")
+NUMBER = r"\d[\d,]*(?:\.\d+)?(?:/\d+)?"
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,42 @@ def rejection(groups: Sequence[Sequence[T]], accepts: Callable[[int, T], bool]) 
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Unbiased chance that k of `samples` draws hold a correct one: 1 - C(n-c, k) / C(n, k)."""
+    """Unbiased chance that k of `samples` draws hold a correct one: 1 - C(n-c, k) / C(n, k). ValueError unless 1 <= k <= samples."""
+    if not 0 <= correct <= samples or not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} cannot be told from {correct} correct ones of {samples} samples")
     return 1 - comb(samples - correct, k) / comb(samples, k)
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text as an exact fraction: thousands separators, decimals and a trailing point are understood."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
+    """The last number of a text as an exact fraction: thousands separators, decimals and a trailing point are understood. A minus belongs
+    to a number unless something to subtract from stands before it."""
+    found = re.findall(rf"(?:(?<![\w)])-)?{NUMBER}", text)
+    return _fraction(found[-1]) if found else None
+
+
+def only_number(text: str) -> str | None:
+    """The number that a text is, as an exact fraction, with nothing around it but a currency or percent sign and a final point."""
+    found = re.fullmatch(rf"\s*[$€£]?\s*(-?{NUMBER})\s*%?\.?\s*", text)
+    return _fraction(found[1]) if found else None
+
+
+def _fraction(digits: str) -> str | None:
     try:
-        return str(Fraction(found[-1].replace(",", ""))) if found else None
+        return str(Fraction(digits.replace(",", "")))
     except (ValueError, ZeroDivisionError):  # "1.5/2", "3/0"
         return None
+
+
+def plain(text: str) -> str:
+    """A short answer in words for comparison: lower case, without punctuation, articles and spaces too many (as SQuAD compares)."""
+    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def same_answer(given: str, reference: str) -> bool:
+    """A reference that is a number asks for that number at the end of the answer, any other one for its words."""
+    wanted = only_number(reference)
+    return plain(given) == plain(reference) if wanted is None else last_number(given) == wanted
 
 
 def after(mark: str) -> Callable[[str], str | None]:
@@ -85,3 +111,7 @@ def after(mark: str) -> Callable[[str], str | None]:
 
 numbers = Verifier(last_number)
 gsm8k = Verifier(after("####"))
+answers = Verifier(lambda text: text.strip() or None, same_answer)
+"""Numbers and facts: see `same_answer`."""
+marked = Verifier(lambda text: text.rpartition("####")[2].strip() or None if "####" in text else None, same_answer)
+"""Such an answer after the last "####"."""

@@ -25,6 +25,15 @@ def soft_cross_entropy(logits: Tensor, target_probs: Tensor) -> Tensor:
     return -(target_probs * logits.log_softmax(-1)).sum(-1)
 
 
+def soft_cross_entropies(logits: Tensor, targets: Tensor, temperatures: Tensor) -> Tensor:
+    """-sum_c target_c log softmax(logits / T)_c for K targets at K temperatures, summed over the rows too: logits (B, C), targets
+    (K, B, C), temperatures (K, 1, 1) -> (K,).
+
+    `soft_cross_entropy` under one softmax: beside a small network a second softmax and sum would cost a twentieth of the step.
+    """
+    return (targets * (logits / temperatures).log_softmax(-1)).sum((1, 2)).neg()
+
+
 def kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, *, times_t2: bool = False) -> Tensor:
     """KL(p || q) with teacher p and student q, both softmax(logits / temperature) (Hinton et al. 2015, arXiv 1503.02531).
 
@@ -55,6 +64,18 @@ def jsd(teacher_logits: Tensor, student_logits: Tensor, beta: float, temperature
     log_m = torch.logaddexp(log_p.clamp_min(least) + math.log(beta), log_q.clamp_min(least) + math.log(1 - beta))
     value = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
     return value * temperature**2 if times_t2 else value
+
+
+def jeffreys(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Half the symmetrised KL, (KL(p || q) + KL(q || p)) / 2 = 1/2 sum_c (p_c - q_c) (log p_c - log q_c), in float32 at least.
+
+    What the released code of SSLD (arXiv 2103.05959) calls JS. It is unbounded, and near p = q four times the Jensen-Shannon divergence
+    `jsd(..., 0.5)`, which stays below log 2. Infinite where one side alone has no mass; a class that both lack (logits of -inf) adds
+    nothing.
+    """
+    precise = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p, log_q = teacher_logits.to(precise).log_softmax(-1), student_logits.to(precise).log_softmax(-1)
+    return (_kl(log_p, log_q) + _kl(log_q, log_p)) / 2
 
 
 def mse_probs(logits: Tensor, target_probs: Tensor) -> Tensor:

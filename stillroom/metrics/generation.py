@@ -89,3 +89,10 @@ def diversity(x: Tensor) -> float:
     """Mean pairwise Euclidean distance of [N, D]."""
     x = x.flatten(1).double()
     return float(torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)))
+
+
+def gap_closed(x: Tensor, without: Tensor, goal: Tensor) -> float:
+    """1 - median |x - goal|^2 / median |without - goal|^2 over samples [N, ...] paired by their noise: 1 is the goal, 0 no better than
+    without. Medians, since a few diverging trajectories carry the means."""
+    missed, at_first = (float(((y - goal) ** 2).flatten(1).mean(1).median()) for y in (x, without))
+    return 1 - missed / at_first

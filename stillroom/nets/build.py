@@ -1,4 +1,4 @@
-"""Small networks by name, and the pruning of a classifier's outputs."""
+"""Small networks by name, their bodies under new heads, and the pruning of a classifier's outputs."""
 
 from __future__ import annotations
 
@@ -59,6 +59,14 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
         near = difflib.get_close_matches(name, NAMES, cutoff=0.5)
         raise UserError(f"There is no small network {name!r}. {'Near' if near else 'There are'}: {', '.join(near or NAMES)}.")
     return Classifier(name, body, width, classes=classes, channels=channels, size=size, mean=tuple(mean), std=tuple(std))
+
+
+def with_head(net: Any, classes: int) -> Classifier:
+    """A small network with a copy of `net`'s body (buffers such as running statistics included) under a fresh head of `classes` outputs."""
+    fresh = build(**{**net.spec, "classes": classes})
+    body = {name: value for name, value in net.state_dict().items() if not name.startswith("head.")}
+    fresh.load_state_dict({**fresh.state_dict(), **body})
+    return fresh.to(net.head.weight.device)
 
 
 def keep_outputs(net: nn.Module, rows: slice | Tensor) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A small pre-norm causal decoder (RMSNorm, RoPE, grouped queries, GELU) with gated attention as an option.
+"""A small pre-norm transformer (RMSNorm, RoPE, grouped queries, GELU), causal or not, with gated attention as an option.
 
 It answers to the names of transformers' causal models (`base_model`, `get_output_embeddings`, `logits`, `past_key_values`), so that the
 language floor handles it and a real one alike. Gate after Qiu et al. 2025 (arXiv 2505.06708): Y' = Y * sigmoid(X W), where X is
@@ -20,17 +20,21 @@ Position = Literal["output", "value", "key", "query", "projected"]
 
 
 class States(NamedTuple):
-    """Normed states (B, n, width), and keys and values if asked for. A tuple, so that FSDP2 finds the tensors in it."""
+    """Normed states (B, n, width), keys and values if asked for, and the states of all layers if asked for, else the normed ones alone.
+
+    All states are the embeddings, what every block but the last returns, and the normed states. A tuple, so that FSDP2 finds the tensors.
+    """
 
     last_hidden_state: Tensor
     past_key_values: Any
+    hidden_states: tuple[Tensor, ...]
 
 
-class Said(NamedTuple):
-    """Logits (B, n, V), the normed states in a tuple of one, and keys and values if asked for."""
+class Predicted(NamedTuple):
+    """Logits (B, n, V), and the states, keys and values of `States`."""
 
     logits: Tensor
-    hidden_states: tuple[Tensor]
+    hidden_states: tuple[Tensor, ...]
     past_key_values: Any
 
 
@@ -117,13 +121,15 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention of `heads` query and `kv_heads` key-value heads, optionally gated and with per-head RMSNorm on q and k."""
+    """Attention of `heads` query and `kv_heads` key-value heads, optionally gated and with per-head RMSNorm on q and k. Without a mask
+    it is causal, or with `causal=False` looks everywhere."""
 
     def __init__(
         self, width: int, heads: int, *, kv_heads: int | None = None, channels: int | None = None, out: int | None = None,
-        gate: GateOptions | None = None, qk_norm: bool = False,
+        gate: GateOptions | None = None, qk_norm: bool = False, causal: bool = True,
     ):  # fmt: skip
         super().__init__()
+        self.causal = causal
         self.heads, self.kv_heads, self.channels = heads, kv_heads or heads, channels or width // heads
         if self.heads % self.kv_heads or self.channels % 2:
             raise UserError(
@@ -151,25 +157,26 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: KeyValues | None = None, index: int = 0
     ) -> Tensor:
-        """x (B, n, d) -> (B, n, out); mask (B, 1, n, total) is True where a query may look, None means plain causal."""
+        """x (B, n, d) -> (B, n, out); mask (B, 1, n, total) is True where a query may look; None: all, or those before."""
         query, key, value = self.heads_of(x, turn)
         if cache is not None:
             key, value = cache.update(index, key, value)
         mixed = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+            query, key, value, attn_mask=mask, is_causal=self.causal and mask is None, enable_gqa=self.heads != self.kv_heads
         ).transpose(1, 2)
         if self.position == "output":
             mixed = self.gate(x, mixed)
         out = self.o(mixed.flatten(2))
         return self.gate(x, out.unsqueeze(2)).squeeze(2) if self.position == "projected" else out
 
-    def weights(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """Attention probabilities (B, H, n, n) of plain causal attention, recomputed because the fused kernel keeps none."""
+    def weights(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None = None, *context: Any) -> Tensor:
+        """Attention probabilities (B, H, n, n) without a cache, recomputed because the fused kernel keeps none."""
         query, key, _ = self.heads_of(x, turn)
         key = key.repeat_interleave(self.heads // self.kv_heads, 1)
         scores = query @ key.transpose(-1, -2) / self.channels**0.5
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-        return scores.masked_fill(later, -torch.inf).softmax(-1)
+        if mask is None and self.causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
+        return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
 
 
 class Block(nn.Module):
@@ -185,54 +192,68 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Token ids (B, n) -> normed states (B, n, d) as `last_hidden_state`."""
+    """Token ids (B, n), or embeddings (B, n, d) in their place -> states of `width` d."""
 
-    def __init__(self, vocabulary: int, width: int, layers: int, hidden: int, rope_base: float, **attention: Any):
+    def __init__(self, vocabulary: int, width: int, layers: int, hidden: int, rope_base: float, *, causal: bool = True, **attention: Any):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Block(width, hidden, **attention) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, hidden, causal=causal, **attention) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.rope_base = rope_base
+        self.rope_base, self.causal = rope_base, causal
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values: KeyValues | None = None, use_cache: bool = False,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: KeyValues | None = None, use_cache: bool = False, *, inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> States:  # fmt: skip
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        """attention_mask (B, past + n): 1 on tokens, 0 on padding, on either side; positions count the tokens, unless position_ids (B, n)
+        say otherwise. ValueError for both or neither of ids and embeddings, and for keys and values of a network that is not causal."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        if not self.causal and (use_cache or past_key_values is not None):
+            raise ValueError("a network that is not causal has no keys and values to keep: later tokens change them")
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        past, count = past_key_values.get_seq_length() if past_key_values is not None else 0, x.shape[1]
         cache = past_key_values if past_key_values is not None else KeyValues() if use_cache else None
-        rows = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-        positions = rows.expand_as(input_ids) if position_ids is None else position_ids
+        rows, columns = torch.arange(past, past + count, device=x.device), torch.arange(past + count, device=x.device)
+        if position_ids is None:
+            position_ids = rows.expand(len(x), -1) if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
         mask = None
         if attention_mask is not None or past:
-            columns = torch.arange(past + input_ids.shape[1], device=input_ids.device)
-            mask = (columns <= rows[:, None])[None, None]
+            mask = (columns <= rows[:, None] if self.causal else torch.ones(count, count, dtype=torch.bool, device=x.device))[None, None]
             if attention_mask is not None:  # a padding query still sees itself, or its row would be NaN
                 mask = (mask & attention_mask[:, None, None, :].bool()) | (columns == rows[:, None])
-        x = self.embedding(input_ids)
-        turn = rotary(positions, self.blocks[0].attention.channels, self.rope_base)  # type: ignore[union-attr, arg-type]
+        turn = rotary(position_ids, self.blocks[0].attention.channels, self.rope_base)  # type: ignore[union-attr, arg-type]
+        seen = [x]
         for index, block in enumerate(self.blocks):
             x = block(x, turn, mask, cache, index)
-        return States(self.norm(x), cache)
+            seen.append(x)
+        last = self.norm(x)
+        return States(last, cache, (*seen[:-1], last) if output_hidden_states else (last,))
 
 
 class Decoder(nn.Module):
-    """A causal language model over `vocabulary` words; the head is tied to the embedding unless `tied` is False.
+    """A language model over `vocabulary` words, causal unless told otherwise; the head is tied to the embedding unless `tied` is False.
+    `channels`: width of a head, by default width / heads.
 
     All matrices start at N(0, 0.02^2), as in transformers' models.
     """
 
     def __init__(
         self, vocabulary: int, width: int = 96, layers: int = 3, heads: int = 4, *, kv_heads: int | None = None, hidden: int | None = None,
-        rope_base: float = 10_000.0, tied: bool = True, gate: GateOptions | None = None, qk_norm: bool = False,
+        channels: int | None = None, rope_base: float = 10_000.0, tied: bool = True, gate: GateOptions | None = None,
+        qk_norm: bool = False, causal: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.spec = {
             "vocabulary": vocabulary, "width": width, "layers": layers, "heads": heads, "kv_heads": kv_heads, "hidden": hidden,
-            "rope_base": rope_base, "tied": tied, "qk_norm": qk_norm, "gate": asdict(gate) if gate else None,
+            "channels": channels, "rope_base": rope_base, "tied": tied, "qk_norm": qk_norm, "causal": causal,
+            "gate": asdict(gate) if gate else None,
         }  # fmt: skip
         self.base_model = Backbone(
-            vocabulary, width, layers, hidden or 4 * width, rope_base, heads=heads, kv_heads=kv_heads, gate=gate, qk_norm=qk_norm
-        )
+            vocabulary, width, layers, hidden or 4 * width, rope_base, heads=heads, kv_heads=kv_heads, channels=channels, gate=gate,
+            qk_norm=qk_norm, causal=causal,
+        )  # fmt: skip
         self.head = nn.Linear(width, vocabulary, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -243,15 +264,22 @@ class Decoder(nn.Module):
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
-    def forward(self, input_ids: Tensor, *, logits_to_keep: int = 0, **context: Any) -> Said:
-        """Logits (B, n, V), or of the last `logits_to_keep` positions, the normed states as `hidden_states[-1]` and, with use_cache,
+    def forward(self, input_ids: Tensor | None = None, *, logits_to_keep: int = 0, **context: Any) -> Predicted:
+        """Logits (B, n, V), or of the last `logits_to_keep` positions, states, the normed ones last, and with use_cache
         `past_key_values`; the context is that of `Backbone.forward`."""
-        context.pop("output_hidden_states", None)
         out = self.base_model(input_ids, **context)
-        logits = self.head(out.last_hidden_state[:, -logits_to_keep:])
-        return Said(logits, (out.last_hidden_state,), out.past_key_values)
+        return Predicted(self.head(out.last_hidden_state[:, -logits_to_keep:]), out.hidden_states, out.past_key_values)
 
 
-def gated_hidden(width: int, hidden: int, heads: int, granularity: Literal["elementwise", "headwise"] = "elementwise") -> int:
-    """Feed-forward width at which a gated block has the parameters of an ungated one of `hidden` (2 width values per hidden unit)."""
-    return hidden - round((width if granularity == "elementwise" else heads) / 2)
+def gated_hidden(width: int, hidden: int, heads: int, gate: GateOptions, kv_heads: int | None = None, channels: int | None = None) -> int:
+    """Feed-forward width at which a gated block has the parameters of an ungated one of `hidden`, as nearly as whole units go (each has
+    2 width weights). UserError when the gate costs more than the feed-forward net has."""
+    rows = (kv_heads or heads) if gate.position in ("key", "value") else heads
+    each = channels or width // heads
+    if gate.position == "projected":
+        rows, each = 1, width
+    scores = rows * (each if gate.granularity == "elementwise" else 1)
+    left = hidden - round(scores * (width if gate.input_dependent else 1) / (2 * width))
+    if left < 1:
+        raise UserError(f"A gate of {scores} scores costs more than a feed-forward width of {hidden} can give up: raise --hidden.")
+    return left

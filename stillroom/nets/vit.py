@@ -70,7 +70,7 @@ class MaskedDecoder(nn.Module):
     def forward(self, latent: Tensor, kept: Tensor) -> Tensor:
         """latent (B, 1 + n, encoder width), class token first; kept (B, n), the visible patches' numbers -> (B, N, pixels of a patch)."""
         x = self.embed(latent)
-        every = self.mask.expand(len(x), self.positions.shape[1] - 1, -1)
+        every = self.mask.to(x.dtype).expand(len(x), self.positions.shape[1] - 1, -1)  # half precision has made x half, not the weights
         every = every.scatter(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]), x[:, 1:])
         x = torch.cat([x[:, :1], every], 1) + self.positions
         return self.predict(self.norm(self.blocks(x)))[:, 1:]

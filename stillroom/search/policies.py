@@ -22,9 +22,9 @@ from stillroom.search.archive import Action, Archive, Evaluate, Expand
 Policy = Callable[[Archive, np.random.Generator], Action | None]
 
 
-def thompson(passed: NDArray, failed: NDArray, rng: np.random.Generator, heat: float = 1.0) -> int:
-    """Argmax of one draw of each theta ~ Beta(heat (1 + passed), heat (1 + failed)); the heat also multiplies the prior's ones."""
-    return int(rng.beta(heat * (1.0 + passed), heat * (1.0 + failed)).argmax())
+def thompson(passed: NDArray, failed: NDArray, rng: np.random.Generator, tau: float = 1.0) -> int:
+    """Argmax of one draw of each theta ~ Beta(tau (1 + passed), tau (1 + failed)); the tau also multiplies the prior's ones."""
+    return int(rng.beta(tau * (1.0 + passed), tau * (1.0 + failed)).argmax())
 
 
 def best_belief(archive: Archive, percentile: float = 1.0) -> int:
@@ -51,7 +51,7 @@ def hgm(
     """
     if not 0 < widening <= 1:
         raise UserError(f"widening must be greater than 0 and at most 1, not {widening:g}: beyond 1 the tree outgrows the tests.")
-    heat = archive.budget / max(1, archive.budget - archive.finished) if cooldown else 1.0
+    tau = archive.budget / max(1, archive.budget - archive.finished) if cooldown else 1.0
     passed, failed = archive.counts()
     parents = np.flatnonzero(passed) if not archive.exhausted else np.array([], dtype=int)
 
@@ -59,14 +59,14 @@ def hgm(
         if archive.agents[0].attempts < initial and passed[0]:
             return Expand(0)
         pool = archive.clade_counts() if guidance == "clade" else (passed, failed)
-        return Expand(int(parents[thompson(pool[0][parents], pool[1][parents], rng, heat)]))
+        return Expand(int(parents[thompson(pool[0][parents], pool[1][parents], rng, tau)]))
 
     due = archive.agents[0].attempts < initial or archive.finished**widening >= len(archive.agents) - 1 + archive.expanding
     if due and len(parents):
         return expand()
     open_ = np.array([i for i, agent in enumerate(archive.agents) if agent.untried], dtype=int)
     if len(open_):
-        chosen = int(open_[thompson(passed[open_], failed[open_], rng, heat)])
+        chosen = int(open_[thompson(passed[open_], failed[open_], rng, tau)])
         return Evaluate(chosen, int(rng.choice(archive.agents[chosen].untried)))
     return expand() if len(parents) and not archive.expanding else None
 

@@ -1,8 +1,9 @@
 """Running a function of a program whose text a machine wrote: in another interpreter, short of everything.
 
 Process limits keep an accident small: time, memory, file size, an empty temporary folder, no inherited environment, and no network
-where the system allows an unprivileged network namespace (Linux). They do not hold a determined attacker. A stricter sandbox
-is any function with the signature of `run_function`.
+where the system allows an unprivileged network namespace (Linux). They do not hold a determined attacker; a stricter sandbox is any
+function with the signature of `run_function` (recipes take that of the language models where the system has it). What a program leaves
+is not trusted: of its files only small regular ones are read, no number that it could write is signalled, and everything has a deadline.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import math
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,13 +34,22 @@ Sandbox = Callable[[str, str, list], Any]
 
 _CLONE_NEWUSER, _CLONE_NEWNET, _PR_SET_PDEATHSIG = 0x10000000, 0x40000000, 1
 
-# One small interpreter waits, and forks a child for each call: starting an interpreter anew costs ten times as much.
-# It reads the folder of a call, and answers with the child's process id and then its exit status.
+_ANSWER = 16 << 20
+"""Bytes of an answer that are read at most."""
+_GRACE = 5.0
+"""Seconds beyond a program's own limit after which the waiting interpreter itself is replaced."""
+
+# One small interpreter waits, and forks a child for each call: starting an interpreter anew costs ten times as much. It reads seconds and
+# the folder of a call, stops the child and whatever it started when they are over, and answers with the folder, whether the child was
+# in time, and its exit status. That the folder comes back tells the host which call an answer belongs to.
 _SERVER = """
-import math, os, random, re, resource, string, sys
+import ctypes, math, os, random, re, resource, signal, string, sys
 
 def call(folder):
     os.setsid()
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(0, 1)
@@ -48,6 +60,8 @@ def call(folder):
         with open("request.txt", encoding="utf-8") as file:
             limits, source, name, args = eval(file.read())
         for limit, most in limits:
+            hard = resource.getrlimit(limit)[1]
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(limit, (most, most))
         space = {"__name__": "agent"}
         exec(compile(source, "agent.py", "exec"), space)
@@ -61,12 +75,28 @@ def call(folder):
     finally:
         os._exit(code)
 
+def late(*_):
+    raise TimeoutError
+
+signal.signal(signal.SIGALRM, late)
 for line in sys.stdin:
+    seconds, _, folder = line[:-1].partition(" ")
     child = os.fork()
     if child == 0:
-        call(line[:-1])
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
+        call(folder)
+    in_time = 1
+    try:
+        signal.setitimer(signal.ITIMER_REAL, float(seconds))
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # not reaped yet, so that its number is nobody else's
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except TimeoutError:
+        in_time = 0
+    for kill in (os.killpg, os.kill):  # what it left behind, and itself should it not have reached setsid
+        try:
+            kill(child, signal.SIGKILL)
+        except OSError:
+            pass
+    print(folder, in_time, os.waitpid(child, 0)[1], flush=True)
 """
 
 
@@ -91,11 +121,14 @@ def confine(limits: Limits) -> None:
     """Put this process under `limits`, the time limit left out, and let it die with its parent. What the system lacks is passed over."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    with suppress(ImportError, ValueError, OSError):
+    with suppress(ImportError):
         import resource
 
         for limit, most in _rlimits(limits):
-            resource.setrlimit(limit, (most, most))
+            hard = resource.getrlimit(limit)[1]  # one that is lower already stays
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            with suppress(ValueError, OSError):
+                resource.setrlimit(limit, (most, most))
     if not limits.network:
         cut_network()
 
@@ -127,13 +160,9 @@ def run_function(source: str, name: str, args: list, limits: Limits = Limits(sec
             _server.cache_clear()
         server = _server(os.getpid(), limits.network)
         assert server.stdin
-        assert server.stdout
         try:
-            server.stdin.write(folder.encode() + b"\n")
-            child = int(server.stdout.readline())
-            in_time = bool(select.select([server.stdout], [], [], limits.seconds)[0])
-            _kill_group(child)  # at a time-out the program; else whatever it left behind
-            status = int(server.stdout.readline())
+            server.stdin.write(f"{limits.seconds} {folder}\n".encode())
+            in_time, status = _reply(server, folder, limits.seconds + _GRACE)
         except BaseException as error:  # it may not be in step with us any more
             server.kill()
             _server.cache_clear()
@@ -143,6 +172,24 @@ def run_function(source: str, name: str, args: list, limits: Limits = Limits(sec
         if not in_time:
             raise SandboxError(f"no answer after {limits.seconds:g} s")
         return _answer(Path(folder), status)
+
+
+def _reply(server: subprocess.Popen, folder: str, seconds: float) -> tuple[bool, int]:
+    """Whether the call in `folder` was in time, and its exit status. OSError when there is no such line within `seconds`."""
+    assert server.stdout
+    deadline, held = time.monotonic() + seconds, b""
+    while True:
+        if not select.select([server.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise TimeoutError
+        part = os.read(server.stdout.fileno(), 1 << 16)
+        if not part:
+            raise BrokenPipeError("it ended")
+        held += part
+        while b"\n" in held:
+            line, _, held = held.partition(b"\n")
+            place, *numbers = line.decode(errors="replace").rsplit(" ", 2)
+            if place == folder and len(numbers) == 2:
+                return numbers[0] == "1", int(numbers[1])
 
 
 _ONE_CALL = threading.Lock()
@@ -174,16 +221,23 @@ def _rlimits(limits: Limits) -> list[tuple[int, int]]:
     return found
 
 
-def _kill_group(leader: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
-
-
 def _answer(folder: Path, status: int) -> Any:
     if status != 0:
-        said = (folder / "error.txt").read_text(errors="replace").strip() if (folder / "error.txt").exists() else ""
-        raise SandboxError(said or f"the program died (status {status})")
+        raise SandboxError(_text(folder / "error.txt").strip() or f"the program died (status {status})")
     try:
-        return ast.literal_eval((folder / "answer.txt").read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        return ast.literal_eval(_text(folder / "answer.txt"))
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise SandboxError(f"no usable answer ({type(error).__name__})") from None
+
+
+def _text(file: Path) -> str:
+    """What a program wrote; "" for anything but a regular file of at most `_ANSWER` bytes, so that no pipe, link or device is followed."""
+    try:
+        number = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return ""
+    with os.fdopen(number, "rb") as opened:
+        about = os.fstat(number)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > _ANSWER:
+            return ""
+        return opened.read(_ANSWER).decode(errors="replace")

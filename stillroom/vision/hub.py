@@ -1,4 +1,4 @@
-"""Image classifiers by name, and their saving in the format of the library that they came from."""
+"""Image classifiers and encoders by name."""
 
 from __future__ import annotations
 
@@ -43,19 +43,30 @@ def load_classifier(spec: str, *, data: ImageData, fresh: bool = False) -> nn.Mo
     raise UserError(f"{spec!r} names no classifier: write {KINDS}.")
 
 
-def load_encoder(spec: str, *, data: ImageData) -> nn.Module:
-    """The image encoder that `spec` names, with its weights: images (B, C, H, W) in [0, 1] to features (B, d).
+def load_encoder(spec: str, *, data: ImageData, fresh: bool = False) -> nn.Module:
+    """The image encoder that `spec` names: images (B, C, H, W) in [0, 1] to features (B, d).
 
-    `hf:ID-or-folder` is a transformers backbone (without any head), `run:FOLDER` the features of a small network that an earlier run
-    saved, whatever its classes. UserError as for `load_classifier`.
+    `small:NAME` is what the head of one of Stillroom's own networks sees, always with fresh weights. `hf:ID-or-folder` is a transformers
+    backbone (without any head) with its weights, or with `fresh` one of the same config with random weights and the channels and
+    normalisation of `data`. `run:FOLDER` is either, as an earlier run saved it, whatever its classes. UserError as for `load_classifier`.
     """
     kind, _, name = spec.partition(":")
+    if kind == "small" and name:
+        return Encoder(load_classifier(spec, data=data))
     if kind == "run" and name:
-        return Encoder(_saved(Path(name), data, fresh=False, any_classes=True))
+        folder = _student(Path(name))
+        if "model_type" not in _config(folder):
+            return Encoder(_saved(folder, data, fresh, any_classes=True))
+        kind, name = "hf", str(folder)
     if kind != "hf" or not name:
-        raise UserError(f"{spec!r} names no trained encoder: write hf:ID-or-folder or run:FOLDER.")
+        raise UserError(f"{spec!r} names no encoder: write small:NAME, hf:ID-or-folder or run:FOLDER.")
     transformers = needs("transformers", "hf")
     try:
+        if fresh:
+            config = transformers.AutoConfig.from_pretrained(name)
+            config.num_channels = data.channels
+            size = _expected_size(config, _read_processor(transformers, name))
+            return Backbone(transformers.AutoModel.from_config(config), size, data.mean, data.std)
         model = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"hf:{name} could not be loaded: {error}") from error
@@ -74,8 +85,13 @@ def load_student(folder: str | Path) -> nn.Module:
     return _saved(Path(folder), None, False)
 
 
+def _student(folder: Path) -> Path:
+    """Where the student lies, of a run's folder or of the student's own."""
+    return next((place for place in (folder / "student", folder) if (place / "config.json").is_file()), folder)
+
+
 def _saved(folder: Path, data: ImageData | None, fresh: bool, any_classes: bool = False) -> nn.Module:
-    folder = next((place for place in (folder / "student", folder) if (place / "config.json").is_file()), folder)
+    folder = _student(folder)
     config = _config(folder)
     if "model_type" in config:
         return _transformers(str(folder), data, fresh)

@@ -103,7 +103,7 @@ def test_small_error_by_loops(data):
                 target = (patch - patch.mean()) / (patch.var(correction=1) + 1e-6).sqrt()
                 errors.append(float((predicted[i, n] - target).detach().square().mean()))
         assert len(errors) == 12
-        assert float(values[i]) == pytest.approx(sum(errors) / 12, rel=1e-5)
+        assert float(values[i].detach()) == pytest.approx(sum(errors) / 12, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["small", "hf"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stillroom.cli import main
-from tests.core.conftest import TINY, files, refused
+from tests.command import TINY, files, refused
 
 
 def images(root: Path, classes: int = 2, each: int = 6) -> Path:

@@ -7,13 +7,15 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from scipy import stats
 
-from stillroom.catalogue import cards
+from stillroom.catalogue import cards, ledger
 from stillroom.catalogue.claims import Claim, judge, outcome, verify
 from stillroom.catalogue.ledger import as_markdown, read_ledger, write_ledger
 from stillroom.cli import main
@@ -247,5 +249,70 @@ def test_fresh_seeds_are_other_draws_and_stand_beside_the_ledger(hello: Path, ca
     assert {seed for arm in fresh["arms"].values() for seed in arm["metrics"]} == {"2", "3"}
     assert (hello / "ledger" / "hello.json").read_text() == before
     assert main(["ledger", "--folder", "ledger", "--out", "page.md"]) == 0
-    claim = next(line for line in (hello / "page.md").read_text().splitlines() if "better is more" in line)
-    assert "| **holds** | holds, 1 [1, 1] |" in claim
+    page = (hello / "page.md").read_text()
+    assert "2 fresh seeds from 2" in page
+    assert "| **holds** | holds, 1 [1, 1] |" in next(line for line in page.splitlines() if "better is more" in line)
+    assert "none of them fresh" in as_markdown(read_ledger(hello / "ledger"))
+
+
+def test_the_verdict_that_list_show_and_the_page_give_is_that_of_fresh_seeds(hello: Path, capsys, monkeypatch) -> None:
+    entry = verify("hello", seeds=2)
+    fresh = json.loads(json.dumps(entry)) | {"first_seed": 2}
+    for first, again in zip(entry["claims"], fresh["claims"]):
+        first["verdict"], again["verdict"] = "holds", "fails"
+    monkeypatch.setattr(ledger, "ledger_folder", lambda: hello / "ledger")
+    write_ledger(entry, hello / "ledger")
+    for others, listed, shown in (([], "5 holds", "  holds"), ([fresh], "5 fails", "  fails (first seeds: holds)")):
+        for each in others:
+            write_ledger(each, hello / "ledger")
+        assert main(["list"]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("hello "))
+        assert line.rstrip().endswith(listed)
+        assert main(["show", "hello"]) == 0
+        claim = next(line for line in capsys.readouterr().out.splitlines() if "better is more" in line)
+        assert claim.rstrip().endswith(shown)
+    page = as_markdown(read_ledger(hello / "ledger"), read_ledger(hello / "ledger", fresh=True))
+    row = next(line for line in page.splitlines() if "better is more" in line)
+    assert row.split("|")[7].strip() == "**fails**"
+    assert row.split("|")[8].strip().startswith("holds, ")
+    del fresh["claims"][0]  # a claim that fresh seeds never saw is not verified, whatever the others say
+    write_ledger(fresh, hello / "ledger")
+    assert main(["show", "hello"]) == 0
+    claim = next(line for line in capsys.readouterr().out.splitlines() if "better is more" in line)
+    assert claim.rstrip().endswith("not verified (first seeds: holds)")
+
+
+def test_entries_that_other_code_made_are_listed(hello: Path, capsys) -> None:
+    stale = lambda: main(["ledger", "--folder", "ledger", "--stale"]) or capsys.readouterr().out.splitlines()
+    entry = verify("hello", seeds=2)
+    write_ledger(entry, hello / "ledger")
+    write_ledger(entry | {"first_seed": 2}, hello / "ledger")
+    assert not {"hello", "fresh-seeds/hello"} & set(stale())
+    file = hello / "site" / "hello_recipe.py"
+    file.write_text(file.read_text() + "\n# a comment decides nothing\n")
+    assert "hello" not in stale()
+    file.write_text(file.read_text().replace("noise = (run.seed", "noise = 1 + (run.seed"))
+    assert {"hello", "fresh-seeds/hello"} <= set(stale())
+    write_ledger(entry | {"recipe": "gone"}, hello / "ledger")
+    assert "gone" in stale()
+    assert not (hello / "docs").exists()
+
+
+def test_a_killed_verification_takes_its_workers_along_and_the_same_command_continues(hello: Path) -> None:
+    (hello / "SLOW").touch()
+    words = [sys.executable, "-m", "stillroom", "verify", "hello", "--seeds", "2", "--jobs", "2", "--ledger", "ledger"]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(hello / "site"), str(Path(__file__).parents[2])])}
+    killed = subprocess.Popen(words, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (hello / "log").exists() or len(executed(hello)) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    workers = [int(line.split()[1]) for line in (hello / "log").read_text().splitlines()]
+    assert killed.pid not in workers
+    killed.kill()
+    killed.wait()
+    (hello / "SLOW").unlink()
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, "in use" in done.stderr) == (0, False), done.stderr
+    assert (hello / "ledger" / "hello.json").exists()
+    assert not [pid for pid in workers if os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from stillroom.catalogue import cards
 from stillroom.cli import main
 from stillroom.core.engine import make
 from stillroom.core.run import Run
-from tests.core.conftest import TINY, files, python, refused
+from tests.command import TINY, files, python, refused
 
 ROOT = Path(__file__).parents[2]
 
@@ -269,3 +270,45 @@ def test_compare_needs_finished_runs(work: Path, capsys, finished: Path) -> None
     assert "r holds no finished run" in refused(capsys, "compare", "r", code=1)
     assert "nowhere holds no finished run" in refused(capsys, "compare", str(finished), "nowhere", code=1)
     assert files(work) == ["r"]
+    for out in ("/", ".", str(finished)):
+        assert f"--out {out} is a folder: name a file" in refused(capsys, "compare", str(finished), "--out", out)
+        assert f"--out {out} is a folder: name a file" in refused(capsys, "ledger", "--folder", "nothing", "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "parts"),
+    [
+        ("result.json", "", ["result.json is damaged", "Delete it"]),
+        ("result.json", "[1]", ["result.json is damaged"]),
+        ("result.json", '{"recipe": "kd", "config": {}}', ["result.json is damaged"]),
+        ("result.json", "\0" * 100, ["result.json is damaged"]),
+        ("baseline/result.json", "{", ["baseline/result.json is damaged"]),
+        ("metrics.jsonl", "{\n{}\n", ["metrics.jsonl, line 1 is damaged"]),
+        ("metrics.jsonl", '{"loop": "train", "step": 0, "x": "y"}\n[]\n', ["metrics.jsonl, line 1 is damaged"]),
+        ("metrics.jsonl", '{"loop": "train", "step": 0, "x": 1}\n3\n{}\n', ["metrics.jsonl, line 2 is damaged"]),
+    ],
+)
+def test_damaged_files_of_a_finished_run_are_named(file: str, content: str, parts: list[str], work: Path, capsys, finished: Path) -> None:
+    shutil.copytree(finished, work / "r")
+    (work / "r" / file).write_text(content)
+    for words in (["run", "kd", "--out", "r", *TINY], ["compare", "r"]):
+        message = refused(capsys, *words, code=1)
+        assert all(part in message for part in parts)
+    assert not (work / "compare.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["hgm", "--tasks", "1000000000000"], "hgm does not fit into this machine's memory"),
+        (["hgm", "--repeats", "9" * 30], "hgm does not fit into this machine's memory"),
+        (["slimflow", "--pairs", "1000000000000000"], "slimflow does not fit into this machine's memory"),
+        (["kd", "--threads", "99999999999"], "--threads 99999999999 is out of range"),
+    ],
+)
+def test_counts_that_cannot_fit_are_said_and_leave_nothing(words: list[str], part: str, work: Path, capsys) -> None:
+    assert main(["run", words[0], "--tiny", "--quiet", *words[1:], "--out", "r"]) in (1, 2)
+    message = capsys.readouterr().err
+    assert part in message
+    assert "Traceback" not in message
+    assert files(work) == []

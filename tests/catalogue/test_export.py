@@ -87,6 +87,8 @@ def test_a_finished_run_shows_what_was_exported(tmp_path, capsys):
     assert "exported student" in page
     assert "torch-export" in page
     assert (tmp_path / "run" / "exported" / "safetensors" / "model.safetensors").exists()  # packed weights come unpacked
+    (tmp_path / "run" / "exports.json").write_text("{")
+    refused(tmp_path / "run", "safetensors", "exports.json is damaged")
 
 
 def refused(folder, to, *parts: str) -> None:
@@ -109,6 +111,52 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     refused(tmp_path, "onnx", "pip install 'stillroom[export]'")
     assert not (tmp_path / "exported" / "onnx").exists()
+
+
+def test_only_an_earlier_export_of_the_same_run_is_replaced(tmp_path):
+    small(tmp_path / "run")
+    small(tmp_path / "other")
+    out = tmp_path / "out"
+    out.mkdir()
+    assert write(tmp_path / "run", "safetensors", out)[0] == out  # an empty folder may be used
+    write(tmp_path / "run", "torch-export", out)  # and an earlier export replaced
+    assert (out / "model.pt2").exists()
+    assert not (out / "model.safetensors").exists()
+
+    def kept(run, folder) -> None:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match="name"):
+            write(run, "safetensors", folder)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    kept(tmp_path / "other", out)
+    (out / "notes.txt").write_text("precious")
+    kept(tmp_path / "run", out)
+    for folder in (tmp_path / "run", tmp_path / "run" / "student", tmp_path, tmp_path / "other" / "student"):
+        kept(tmp_path / "run", folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    kept(tmp_path / "run", tmp_path / "mine")
+    kept(tmp_path / "run", tmp_path / "mine" / "thesis.tex")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    kept(tmp_path / "run", tmp_path / "link")
+    (tmp_path / "marked").mkdir()
+    (tmp_path / "marked" / export.MARK).write_text("[]")
+    kept(tmp_path / "run", tmp_path / "marked")
+
+
+def test_a_finished_run_whose_student_is_gone_says_so(tmp_path):
+    small(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / "student" / "model.safetensors").write_bytes(b"")
+    refused(tmp_path, "safetensors", "model.safetensors could not be read")
+    (tmp_path / "student" / "model.safetensors").unlink()
+    refused(tmp_path, "safetensors", "student: no weights were found")
+    (tmp_path / "student" / "config.json").unlink()
+    refused(tmp_path, "safetensors", "no saved student")
+    (tmp_path / "student").rmdir()
+    refused(tmp_path, "safetensors", "finished run without a student")
 
 
 def test_a_student_that_comes_out_different_is_not_kept(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 
 from stillroom.catalogue import cards
 from stillroom.cli import main
-from tests.core.conftest import python, refused
+from tests.command import python, refused
 
 RECIPE = '''"""Hello: greets a [number] (nobody 2026).
 

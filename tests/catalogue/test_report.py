@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from stillroom import cli
-from stillroom.catalogue import cards, report
+from stillroom.catalogue import cards, command, report
+from stillroom.catalogue.execute import read_result
 from stillroom.cli import main
 from stillroom.core import config as configs
 from stillroom.core import pictures
 from stillroom.core.config import flatten
-from tests.core.conftest import TINY
+from tests.command import TINY
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -142,7 +143,7 @@ def test_curves_and_pictures_are_inside(runs: Path) -> None:
     (image, *_) = [values["src"] for tag, values in page.elements if tag == "img"]
     picture = Image.open(io.BytesIO(base64.b64decode(image.removeprefix("data:image/png;base64,"))))
     assert picture.width >= 640
-    assert report.INK not in page.source, "ink must follow the page's theme"
+    assert pictures.INK not in page.source, "ink must follow the page's theme"
     assert "currentColor" in page.source
 
 
@@ -179,7 +180,7 @@ def test_config_values_that_differ_are_marked_and_only_those(runs: Path) -> None
 def parsed(words: list[str], monkeypatch) -> tuple[str, dict, int, str, str]:
     """Recipe, config as run, seed, arm and precision of a `stillroom run` command line, by the command's own parser."""
     got: list[tuple] = []
-    monkeypatch.setattr(cli, "execute_run", lambda *given: got.append(given))
+    monkeypatch.setattr(command, "execute_run", lambda *given: got.append(given))
     assert words[:2] == ["stillroom", "run"]
     assert main(words[1:]) == 0
     ((name, recipe, options, config),) = got
@@ -241,7 +242,7 @@ def test_compare_puts_runs_side_by_side(runs: Path, capsys) -> None:
     assert page.rows(-1)[0] == ["flag", "r", "changed"]
     assert page.marked()["temperature"] == ["4.0", "2.5"]
     commands = [block for block in page.blocks if block.startswith("stillroom run")]
-    assert commands == [report.command(report.read(runs / name)) for name in ("r", "changed")]
+    assert commands == [report.command(read_result(runs / name)) for name in ("r", "changed")]
 
 
 def test_text_from_outside_cannot_become_markup(runs: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import torch as files
 
+from stillroom.core import store as files
 from stillroom.core.engine import make
 from stillroom.core.run import Run
 from stillroom.core.store import Store

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch import nn
 
 from stillroom.core.config import check
 from stillroom.core.errors import UserError
@@ -106,6 +107,21 @@ def test_nesterov() -> None:
     theirs = descend(lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, nesterov=True, foreach=False))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_decay_also_with_one_output_but_not_biases_tokens_and_position_tables(kind: str) -> None:
+    matrices = [*nn.Linear(4, 3).parameters(), *nn.Linear(4, 1).parameters(), *nn.Conv2d(2, 1, 3).parameters(), nn.Conv1d(2, 3, 1).weight]
+    others = [nn.Parameter(torch.ones(shape)) for shape in ((), (4,), (1, 1, 4), (1, 9, 4))]
+    parameters = [*matrices, *others]
+    before = [p.detach().clone() for p in parameters]
+    optimizer = Optimizer(kind, 0.1, weight_decay=0.5, decay="matrices")(parameters)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    moved = [not torch.equal(old, new) for old, new in zip(before, parameters)]
+    assert moved == [True, False, True, False, True, False, True, False, False, False, False]
+    assert len(Optimizer(kind, 0.1)(parameters).param_groups) == 1
 
 
 def test_settings_that_torch_would_refuse_are_a_users_mistake() -> None:

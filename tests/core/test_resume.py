@@ -15,9 +15,12 @@ from stillroom.catalogue import report
 from stillroom.core.engine import make
 from stillroom.core.errors import UserError
 from stillroom.core.interrupt import Interrupted
+from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.core.store import Store
 from tests.loops import SHAPES, finish, one_optimizer
+
+SGD = Optimizer("sgd", 0.1, momentum=0.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,7 +71,7 @@ def small(folder: Path, **settings) -> Run:
 def test_ctrl_c_saves_and_continues(tmp_path: Path) -> None:
     class Stopping(Run):
         def update(self, *args, **parts):
-            if self.step == 11:
+            if self.finite.step == 11:
                 os.kill(os.getpid(), 2)
             return super().update(*args, **parts)
 
@@ -183,3 +186,26 @@ def test_a_damaged_or_hostile_checkpoint_is_refused_and_never_executed(tmp_path:
         with small(tmp_path / "a") as run, pytest.raises(UserError, match=r"warm.pt is damaged.*--overwrite"):
             two_loops(run)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_flipped_bit_in_a_checkpoints_tensor_is_noticed(tmp_path: Path) -> None:
+    with small(tmp_path / "a") as run:
+        weight, optimizer = run.trainable("w", torch.nn.Parameter(torch.full((64,), 0.7071)), SGD)
+        for _ in run.steps(1):
+            run.update(optimizer, 0 * weight)
+    file = tmp_path / "a" / "train.pt"
+    content = bytearray(file.read_bytes())
+    content[content.index(weight.detach().numpy().tobytes()) + 17] ^= 4
+    file.write_bytes(content)
+    with small(tmp_path / "a") as run:
+        run.trainable("w", torch.nn.Parameter(torch.zeros(64)), SGD)
+        with pytest.raises(UserError, match=r"train.pt is damaged.*--overwrite"):
+            next(run.steps(2))
+
+
+def test_what_a_killed_run_left_half_written_is_gone_at_the_next_start(tmp_path: Path) -> None:
+    for place in (tmp_path / "a", tmp_path / "a" / "samples"):
+        place.mkdir()
+        (place / ".picture.png.123.tmp").write_text("half")
+    small(tmp_path / "a").close()
+    assert not list((tmp_path / "a").rglob("*.tmp"))

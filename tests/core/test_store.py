@@ -270,13 +270,32 @@ def test_the_cache_command_survives_foreign_and_damaged_files_and_leaves_them_al
     assert (folder / "thesis" / "chapter.tex").read_text() == "years of work"
 
 
-def test_a_damaged_entry_says_so(tmp_path: Path) -> None:
+def counted(folder: Path, value: float) -> dict[str, torch.Tensor]:
+    with open(folder / "built", "a") as file:
+        file.write("x")
+    return {"y": torch.full((8,), value)}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no digest", "not json"])
+def test_a_damaged_entry_is_made_anew_and_says_so(damage: str, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
-    store.cached("x", fails, 1)
+    store.cached("x", counted, tmp_path, 2.0)
     file = next(store.folder.rglob("tensors.safetensors"))
-    file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(UserError, match=r"tensors.safetensors is damaged.*stillroom cache --clear --name x"):
-        store.cached("x", fails, 1)
+    content = bytearray(file.read_bytes())
+    match damage:
+        case "cut":
+            file.write_bytes(content[:20])
+        case "flipped":
+            content[-1] ^= 1  # another number, which no format notices
+            file.write_bytes(content)
+        case "no digest":
+            (file.parent / "entry.json").write_text("{}")
+        case _:
+            (file.parent / "entry.json").write_text("{")
+    with pytest.warns(UserWarning, match="damaged, and is made anew"):
+        assert store.cached("x", counted, tmp_path, 2.0)["y"].tolist() == [2.0] * 8
+    assert store.cached("x", counted, tmp_path, 2.0)["y"].tolist() == [2.0] * 8
+    assert (tmp_path / "built").read_text() == "xx"
 
 
 def test_the_cache_command_on_an_empty_store_and_an_unknown_name(tmp_path: Path, capsys) -> None:

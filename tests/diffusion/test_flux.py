@@ -10,7 +10,7 @@ import torch
 
 from stillroom.core.errors import UserError
 from stillroom.core.run import Run
-from stillroom.diffusion import pipelines, settings
+from stillroom.diffusion import pipelines, teachers
 from stillroom.diffusion.processes import Flow
 from stillroom.diffusion.sampling import sample
 from stillroom.recipes.diffusion import agd
@@ -38,7 +38,7 @@ def test_the_velocity_is_that_of_the_transformer_called_by_hand(pipe: pipelines.
     """Tokens (row, column) of values (channel, row, column), positions (0, row, column), time in [0, 1], the scale as it is."""
     (c, h, w), t = pipe.shape, 0.3
     assert (c, h, w) == (4, 8, 8)
-    x, cond = torch.randn(2, c, h, w), pipe.encode(WORDS)
+    x, cond = torch.randn(2, c, h, w), pipe.words(WORDS)
     assert cond is not None
     tokens = torch.stack([x[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].reshape(2, -1) for i in range(4) for j in range(4)], 1)
     out = pipe.pipe.transformer(
@@ -60,7 +60,7 @@ def test_the_velocity_is_that_of_the_transformer_called_by_hand(pipe: pipelines.
 @torch.no_grad()
 def test_euler_on_our_grid_is_the_plain_pipeline_with_its_own_scheduler(pipe: pipelines.Pipeline) -> None:
     z = torch.randn(2, *pipe.shape)
-    ours = sample(pipe.denoiser, pipe.process.start(z), pipe.process.grid(4), pipe.encode(WORDS))
+    ours = sample(pipe.denoiser, pipe.process.start(z), pipe.process.grid(4), pipe.words(WORDS))
     length = 512 if pipe.guidance is not None else 256
     theirs = call(
         pipe.pipe, WORDS, z, height=16, width=16, num_inference_steps=4, guidance_scale=3.5, max_sequence_length=length
@@ -85,7 +85,7 @@ def test_the_shift_follows_the_number_of_tokens() -> None:
 def test_guidance_is_an_input_where_the_network_has_an_embedding_for_it(tmp_path: Path) -> None:
     where, prompts = flux(tmp_path / "flux"), tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
-    first, second = (settings.load(f"diffusers:{where}", str(prompts), 16, guidance) for guidance in (1.0, 3.5))
+    first, second = (teachers.load(f"diffusers:{where}", str(prompts), 16, guidance) for guidance in (1.0, 3.5))
     assert first.embedded == 1.0
     assert second.embedded == 3.5
     assert second.condition(3)["guidance"].tolist() == [3.5] * 3
@@ -100,7 +100,7 @@ def test_guidance_is_an_input_where_the_network_has_an_embedding_for_it(tmp_path
 
 
 def test_without_an_embedding_guidance_is_two_passes(pipe: pipelines.Pipeline) -> None:
-    cond = pipe.encode(WORDS)
+    cond = pipe.words(WORDS)
     assert cond is not None
     assert ("guidance" in cond) == (pipe.guidance is not None) == pipe.pipe.transformer.config.guidance_embeds
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Denoiser, Guided, tapped
+from stillroom.diffusion.denoiser import Denoiser, Guided
 from stillroom.diffusion.exact import Gaussian, Mixture
 from stillroom.diffusion.processes import EDM, VP, Flow, ReversedFlow, Trig
 from stillroom.diffusion.sampling import consistency, ddim, rollout
@@ -22,6 +22,7 @@ from stillroom.losses.adversarial import (
 )
 from stillroom.losses.scores import dmd_weight, sid, vsd
 from stillroom.nets.denoisers import PointNet, UNet
+from stillroom.nets.hooks import outputs
 
 PROCESSES = [EDM(), VP(), Flow(), ReversedFlow(), Trig(0.5)]
 
@@ -135,7 +136,7 @@ def test_adversarial_generator_step_reaches_the_generator_only_and_the_discrimin
     x = generator(z, 0.8).x0
 
     def judge(x: Tensor, fake: nn.Module, head: nn.Module) -> Tensor:
-        with tapped(fake_net.middle) as seen:  # type: ignore[arg-type]
+        with outputs(fake_net.middle) as seen:  # type: ignore[arg-type]
             fake(flow.mix(x, noise, 0.4), 0.4)
         return head(seen[-1])
 

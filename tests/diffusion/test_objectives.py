@@ -5,28 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.denoiser import Prediction
 from stillroom.diffusion.exact import Gaussian
-from stillroom.diffusion.objectives import cm_scalings, lcm_scalings, scm_tangent, squared, weight
-from stillroom.diffusion.processes import EDM, VP, Flow, Process, ReversedFlow, Trig
-from tests.diffusion.every import RHOS, each
-
-
-@each()
-def test_weights_make_the_named_loss(process: Process) -> None:
-    t = process.time(RHOS)
-    x0, eps, raw = (torch.randn(6, 3, dtype=torch.float64) for _ in range(3))
-    x = process.mix(x0, eps, t)
-    kinds = ["x0", "eps", "edm"] + (["v"] if isinstance(process, VP) else ["velocity"])
-    for kind in kinds:
-        denoiser = Denoiser(torch.nn.Identity(), process, kind)  # type: ignore[arg-type]
-        unit = getattr(process, "sigma_data", 1.0) if kind == "velocity" else 1.0
-        error = unit**2 * squared(raw, denoiser.target(x0, eps, t))
-        expected = weight(kind, process, t) * squared(denoiser.read(raw, x, t).x0, x0)  # type: ignore[arg-type]
-        torch.testing.assert_close(error, expected)
-    torch.testing.assert_close(weight("velocity", Flow(), 0.3), torch.tensor(1 / 0.09, dtype=torch.float64))
-    torch.testing.assert_close(weight("velocity", ReversedFlow(), 0.3), torch.tensor(1 / 0.49, dtype=torch.float64))
-    torch.testing.assert_close(weight("edm", EDM(), 2.0), torch.tensor((4 + 0.25) / (2.0 * 0.5) ** 2, dtype=torch.float64))
+from stillroom.diffusion.objectives import cm_scalings, consistent, lcm_scalings, pseudo_huber, scm_tangent
+from stillroom.diffusion.processes import Flow, Trig
 
 
 def test_consistency_scalings_are_the_identity_at_their_end() -> None:
@@ -67,3 +49,35 @@ def test_the_exact_consistency_function_has_no_tangent() -> None:
 
     slope = (f(t + h) - f(t - h)) / (2 * h)
     torch.testing.assert_close(g, t.cos()[:, None] * slope, atol=1e-6, rtol=1e-5)
+
+
+class Linear(torch.nn.Module):
+    """Answers x0 = a x, eps = x."""
+
+    process = Flow()
+
+    def __init__(self, a: float):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.tensor(a, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, t: object, cond: object = None) -> Prediction:
+        return Prediction(self.a * x, x)
+
+
+def test_the_consistency_step_by_hand() -> None:
+    """x0, a jump to an end time, a view, any distance; gradient to the first network alone."""
+    student, target = Linear(2.0), Linear(3.0)
+    upper, lower = torch.tensor([[1.0, 2.0]]).double(), torch.tensor([[0.5, -1.0]]).double()
+    loss = consistent(student, target, (upper, 0.8), (lower, 0.6))
+    torch.testing.assert_close(loss, ((2 * upper - 3 * lower) ** 2).mean(1))
+    loss.sum().backward()
+    assert student.a.grad is not None
+    assert target.a.grad is None
+    jump = lambda a, x: 0.75 * a * x + 0.25 * x  # x0 and eps at t = .25 of the flow
+    torch.testing.assert_close(
+        consistent(student, target, (upper, 0.8), (lower, 0.6), end=0.25), ((jump(2, upper) - jump(3, lower)) ** 2).mean(1)
+    )
+    view = lambda x: x[:, :1] ** 2
+    huber = lambda a, b: pseudo_huber(a, b, c=0.5)
+    expected = ((2 * upper[:, 0]) ** 2 - (3 * lower[:, 0]) ** 2).square().add(0.25).sqrt() - 0.5
+    torch.testing.assert_close(consistent(student, target, (upper, 0.8), (lower, 0.6), view=view, distance=huber), expected)

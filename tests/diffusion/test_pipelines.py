@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from stillroom.adapt import lora
 from stillroom.core.errors import UserError
-from stillroom.diffusion import pipelines
+from stillroom.diffusion import pipelines, teachers
 from stillroom.diffusion.denoiser import Guided
+from stillroom.diffusion.pipelines.setting import read_prompts
 from stillroom.diffusion.processes import VP, Flow
 from stillroom.diffusion.sampling import consistency, sample
 
@@ -45,11 +48,11 @@ def test_guided_deterministic_sampling_is_diffusers_own(pipe: pipelines.Pipeline
         pytest.skip("no text")
     prompts, weight = ["a red cat", "blue"], 3.0
     z = noise(pipe)
-    cond, null = pipe.encode(prompts), pipe.null
+    cond, null = pipe.words(prompts), pipe.null
     grid = pipe.process.grid(4)
     guided = pipe.denoiser if pipe.guidance is not None else Guided(pipe.denoiser, weight, null)
     ours = sample(guided, pipe.process.start(z), grid, cond)
-    scheduler, words = pipe._schedule(grid, fresh_noise=False)
+    scheduler, words = pipe.schedule(grid, fresh_noise=False)
     plain = type(pipe.pipe)(**{**pipe.pipe.components, "scheduler": scheduler})
     plain.set_progress_bar_config(disable=True)
     if isinstance(pipe, pipelines.Flux) and pipe.guidance is None:
@@ -62,7 +65,7 @@ def test_guided_deterministic_sampling_is_diffusers_own(pipe: pipelines.Pipeline
 def test_full_students_are_sampled_by_plain_diffusers(pipe: pipelines.Pipeline, tmp_path: Path, fresh_noise: bool) -> None:
     import diffusers
 
-    student = pipe.student()
+    student = copy.deepcopy(pipe.denoiser).requires_grad_(True)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -76,10 +79,10 @@ def test_full_students_are_sampled_by_plain_diffusers(pipe: pipelines.Pipeline, 
         images = torch.tensor(loaded(batch_size=2, output_type="np", **words).images).permute(0, 3, 1, 2)
         torch.manual_seed(5)
         expected = sample(student.eval(), torch.randn(2, *pipe.shape), grid)
-        torch.testing.assert_close(pipe.decode(expected), images, rtol=0, atol=0.01)
+        torch.testing.assert_close(pipe.decode(expected).clamp(0, 1), images, rtol=0, atol=0.01)
         return
     z = noise(pipe)
-    cond = pipe.encode(["a cat", "dog"])
+    cond = pipe.words(["a cat", "dog"])
     expected = sample(student.eval(), pipe.process.start(z), grid, cond, step=consistency)
     latents = call(loaded, ["a cat", "dog"], z, **words)
     torch.testing.assert_close(expected, latents, rtol=0.02, atol=0.02 * float(expected.abs().max()))
@@ -92,7 +95,7 @@ def test_lora_students_load_with_load_lora_weights(pipe: pipelines.Pipeline, tmp
 
     if not pipe.encoders:
         pytest.skip("no LoRA loader in this pipeline class")
-    student = pipe.lora(2, 6)
+    student = lora.add(copy.deepcopy(pipe.denoiser), 2, 6)
     trained = [p for p in student.parameters() if p.requires_grad]
     with torch.no_grad():
         for parameter in trained:
@@ -102,8 +105,8 @@ def test_lora_students_load_with_load_lora_weights(pipe: pipelines.Pipeline, tmp
     loaded = diffusers.DiffusionPipeline.from_pretrained(pipe.where)
     loaded.set_progress_bar_config(disable=True)
     loaded.load_lora_weights(tmp_path)
-    loaded.scheduler = type(pipe._schedule(grid, True)[0]).from_pretrained(tmp_path / "scheduler")
-    z, cond = noise(pipe), pipe.encode(["a cat", "dog"])
+    loaded.scheduler = type(pipe.schedule(grid, True)[0]).from_pretrained(tmp_path / "scheduler")
+    z, cond = noise(pipe), pipe.words(["a cat", "dog"])
     start = pipe.process.start(z)
     expected = sample(student.eval(), start, grid, cond)
     latents = call(loaded, ["a cat", "dog"], z, **json.loads((tmp_path / "call.json").read_text()))
@@ -115,7 +118,7 @@ def test_smaller_networks_answer_in_the_same_shape(pipe: pipelines.Pipeline) -> 
     small = pipe.smaller(2)
     count = lambda net: sum(p.numel() for p in net.parameters())
     assert count(small) < 0.8 * count(pipe.denoiser)
-    assert small(noise(pipe), 0.5 * pipe.process.noisy, pipe.encode(["a", "b"])).x0.shape == (2, *pipe.shape)
+    assert small(noise(pipe), 0.5 * pipe.process.noisy, pipe.words(["a", "b"])).x0.shape == (2, *pipe.shape)
 
 
 def test_v_prediction_is_read_as_v(tmp_path: Path) -> None:
@@ -146,10 +149,101 @@ def test_prompt_files(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n  \n")
     with pytest.raises(UserError, match="is empty"):
-        pipelines.read_prompts(str(file))
+        read_prompts(str(file))
     with pytest.raises(UserError, match="cannot read"):
-        pipelines.read_prompts(str(tmp_path / "none"))
+        read_prompts(str(tmp_path / "none"))
     with pytest.raises(UserError, match="--prompts FILE"):
-        pipelines.read_prompts("")
+        read_prompts("")
     file.write_text("a cat\n\n dog \n")
-    assert pipelines.read_prompts(str(file)) == ["a cat", "dog"]
+    assert read_prompts(str(file)) == ["a cat", "dog"]
+
+
+def test_the_scale_of_lora_turns_a_pipelines_network_into_its_base_and_back(pipe: pipelines.Pipeline) -> None:
+    student = lora.add(copy.deepcopy(pipe.denoiser), 2)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    if not pipe.encoders:
+        pytest.skip("no attention in this small network")
+    x, t, cond = noise(pipe), 0.5 * pipe.process.noisy, pipe.words(["a", "b"])
+    with torch.no_grad():
+        base, on = pipe.denoiser(x, t, cond).x0, student(x, t, cond).x0
+        with lora.off(student):
+            torch.testing.assert_close(student(x, t, cond).x0, base)
+        with lora.scaled(student, 0.5):
+            assert not torch.allclose(student(x, t, cond).x0, on)
+        assert torch.equal(student(x, t, cond).x0, on)
+    assert not torch.allclose(base, on)
+
+
+def test_latents_are_decoded_back_and_gradients_pass(pipe: pipelines.Pipeline) -> None:
+    channels = 3 if pipe.vae is not None else pipe.shape[0]
+    images = torch.rand(2, channels, pipe.shape[-1] * pipe.scale, pipe.shape[-1] * pipe.scale)
+    latents = pipe.latents(images).detach().requires_grad_()
+    assert latents.shape == (2, *pipe.shape)
+    back = pipe.decode(latents)
+    assert back.shape == images.shape
+    if pipe.vae is None:
+        torch.testing.assert_close(back, images)
+    else:
+        config = pipe.vae.config
+        code = pipe.vae.encode(2 * images - 1).latent_dist.mean
+        torch.testing.assert_close(latents, (code - (config.get("shift_factor") or 0.0)) * config.scaling_factor)
+    (grad,) = torch.autograd.grad(back.sum(), latents)
+    assert grad.abs().sum() > 0
+
+
+def captioned(folder: Path) -> Path:
+    from PIL import Image
+
+    folder.mkdir()
+    for i, name in enumerate(("a.png", "b.jpg", "c.png")):
+        Image.new("RGB", (20 + 4 * i, 18), (80 * i, 40, 200)).save(folder / name)
+    (folder / "a.txt").write_text("a red cat\n")
+    (folder / "metadata.jsonl").write_text('{"file_name": "b.jpg", "text": "blue"}\n{"file_name": "c.png", "text": "a"}\n')
+    return folder
+
+
+def test_images_with_captions_are_data_and_their_captions_conditions(tmp_path: Path) -> None:
+    folder, where = captioned(tmp_path / "images"), sd15(tmp_path / "sd")
+    setting = teachers.load(f"diffusers:{where}", images=str(folder))
+    assert setting.real
+    x, cond = setting.samples(5)
+    assert x.shape == (5, *setting.shape)
+    assert cond["encoder_hidden_states"].shape[0] == 5
+    assert setting.condition(4)["encoder_hidden_states"].shape[0] == 4
+    codes = setting.codes  # type: ignore[attr-defined]
+    for row, words in zip(x, cond["encoder_hidden_states"], strict=True):  # each picture keeps its caption
+        at = next(i for i, code in enumerate(codes) if torch.equal(code, row))
+        torch.testing.assert_close(words, setting.pipe.words([("a red cat", "blue", "a")[at]])["encoder_hidden_states"][0])  # type: ignore[attr-defined]
+
+
+def test_bad_image_folders_are_said(tmp_path: Path) -> None:
+    folder, where = captioned(tmp_path / "images"), sd15(tmp_path / "sd")
+    (folder / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"a\.png has no caption"):
+        teachers.load(f"diffusers:{where}", images=str(folder))
+    (folder / "metadata.jsonl").write_text('{"file": "b.jpg"}')
+    with pytest.raises(UserError, match="must hold file_name and text"):
+        teachers.load(f"diffusers:{where}", images=str(folder))
+    with pytest.raises(UserError, match="holds no"):
+        teachers.load(f"diffusers:{where}", images=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="is for a diffusers pipeline"):
+        teachers.load("ring", images=str(folder))
+    with pytest.raises(UserError, match="is for a diffusers pipeline"):
+        teachers.load("ring", prompts="prompts.txt")
+
+
+def test_a_network_that_plain_diffusers_could_not_sample_is_refused(pipe: pipelines.Pipeline) -> None:
+    from stillroom.diffusion.processes import EDM
+
+    with pytest.raises(UserError, match="could not sample"):
+        pipe.smaller(2, EDM())
+    with pytest.raises(UserError, match="could not sample"):
+        pipe.smaller(2, prediction="edm")
+    if isinstance(pipe.process, Flow):
+        with pytest.raises(UserError, match="no dropout"):
+            pipe.smaller(2, dropout=0.1)
+    else:
+        assert any(isinstance(m, torch.nn.Dropout) and m.p == 0.1 for m in pipe.smaller(2, dropout=0.1).modules())

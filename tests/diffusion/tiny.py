@@ -189,11 +189,10 @@ def call(pipe: Any, prompts: list[str], z: torch.Tensor, **words: Any) -> torch.
     return pipe._unpack_latents(out, h, w, 1)
 
 
-def untrained(name: str) -> Any:
-    """An embedded setting whose students start from random weights, so that a test need not train them first."""
-    from dataclasses import replace
+def untrained(name: str, **arguments: Any) -> Any:
+    """An embedded world whose students start from random weights, so that a test need not train them first."""
+    from stillroom.diffusion.worlds import world
 
-    from stillroom.diffusion import settings
-
-    setting = settings.load(name)
-    return replace(setting, student=lambda run: setting.small(1))
+    found = world(name, **arguments)
+    found.start = lambda run: found.small(1).to(run.device)  # type: ignore[method-assign]
+    return found

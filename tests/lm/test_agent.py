@@ -114,3 +114,10 @@ def test_published_trajectories(tmp_path):
     file.write_text('{"rows": []}\n')
     with pytest.raises(UserError, match="line 1 holds no trajectory"):
         list(read_published(file, ""))
+
+
+def test_what_is_written_after_the_code_is_not_stored(bench):
+    made_up = "\nObservation: 99\nThought: so it is 99"
+    (episode,) = rollout(says([act("print(1)") + made_up], [act("final_answer(2)") + made_up]), ["q"], bench)
+    assert episode.chat[1]["content"].endswith(made_up)
+    assert [s.text for s in episode.trace("").segments if s.trained] == [act("print(1)"), act("final_answer(2)")]

@@ -6,7 +6,8 @@ from torch.nn.functional import cross_entropy, linear
 
 from stillroom.core.errors import UserError
 from stillroom.lm.chunked import chunked_loss, token_log_probs
-from stillroom.lm.signals import Dense, Head, Sampled, TopK, log_leftover
+from stillroom.lm.output import OutputLayer
+from stillroom.lm.signals import Dense, Head, Probabilities, Sampled, TopK, log_leftover
 from stillroom.losses.tokens import BY_NAME, IGNORE, divergence, tempered, token_mean
 
 
@@ -39,7 +40,7 @@ def test_equals_naive(kind, rows, bias):
     want = naive(leaves, teacher, labels, kind, 2.0, 0.3, 0.7, bias, times_t2=True)
     grads = torch.autograd.grad(3 * want, used)
     got = chunked_loss(
-        leaves[0], leaves[1], labels, Head(*teacher), bias=leaves[2] if bias else None,
+        leaves[0], OutputLayer(leaves[1], leaves[2] if bias else None), labels, Head(*teacher),
         ce_weight=0.3, kd_weight=0.7, kind=kind, temperature=2.0, times_t2=True, rows=rows,
     )  # fmt: skip
     close(got.loss, want)
@@ -52,7 +53,7 @@ def test_equals_naive(kind, rows, bias):
 def test_one_row_left_or_none(ignored):
     leaves, teacher, labels = case(ignored=ignored)
     want = naive(leaves, teacher, labels, "forward_kl", 1.0, 1.0, 1.0)
-    got = chunked_loss(leaves[0], leaves[1], labels, Head(*teacher), bias=leaves[2], ce_weight=1.0, rows=4)
+    got = chunked_loss(leaves[0], OutputLayer(leaves[1], leaves[2]), labels, Head(*teacher), ce_weight=1.0, rows=4)
     close(got.loss, want)
     for ours, theirs in zip(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want, leaves)):
         close(ours, theirs)
@@ -146,7 +147,7 @@ def test_words_that_one_side_excludes_or_lacks(temperature):
     log_p, log_q = (dense / temperature)[:, seen].log_softmax(-1), (logits / temperature)[:, seen].log_softmax(-1)
     kd = (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)).sum(-1).mean()
     want = torch.autograd.grad(cross_entropy(logits, labels) + kd, leaves[:2])
-    got = chunked_loss(leaves[0], leaves[1], labels, Dense(dense), bias=offset, ce_weight=1.0, temperature=temperature, rows=4)
+    got = chunked_loss(leaves[0], OutputLayer(leaves[1], offset), labels, Dense(dense), ce_weight=1.0, temperature=temperature, rows=4)
     close(got.kd, kd)
     for ours, theirs in zip(torch.autograd.grad(got.loss, leaves[:2]), want):
         close(ours, theirs)
@@ -220,3 +221,48 @@ def test_padded_vocabularies_are_cut_not_filled():
     torch.manual_seed(0)
     teacher, student = torch.randn(3, 10), torch.randn(3, 8)
     torch.testing.assert_close(Dense(teacher).divergence(student, "forward_kl", 1.0), divergence(teacher[:, :8], student))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_row_weights_multiply_each_rows_losses(kind):
+    leaves, teacher, labels = case()
+    weights = torch.linspace(-1.0, 2.0, 11)
+    logits = linear(*leaves[:2])
+    ce = cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    kd = divergence(linear(*teacher), logits, kind, 2.0)
+    want = token_mean((0.3 * ce + 0.7 * kd) * weights, labels)
+    how = {"ce_weight": 0.3, "kd_weight": 0.7, "kind": kind, "temperature": 2.0, "rows": 4}
+    got = chunked_loss(*leaves[:2], labels, Head(*teacher), row_weights=weights, **how)
+    close(got.loss, want)
+    close(got.ce, token_mean(ce * weights, labels))
+    close(got.kd, token_mean(kd * weights, labels))
+    for ours, theirs in zip(*(torch.autograd.grad(x, leaves[:2]) for x in (got.loss, want))):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_given_probabilities_stay_what_they_are_while_the_student_is_tempered(kind):
+    leaves, _, labels = case(ignored=0)
+    probs = torch.rand(11, 13).softmax(-1) if kind == "reverse_kl" else torch.eye(13)[:11] * 0.75 + torch.eye(13)[1:12] * 0.25
+    q = (linear(*leaves[:2]) / 2).softmax(-1)
+    want = {"forward_kl": torch.xlogy(probs, probs) - probs * q.log(), "reverse_kl": q * (q / probs).log()}[kind].sum(-1).mean()
+    got = chunked_loss(*leaves[:2], labels, Probabilities(probs), kind=kind, temperature=2.0, rows=4)
+    close(got.loss, want)
+    for ours, theirs in zip(*(torch.autograd.grad(x, leaves[:2]) for x in (got.loss, want))):
+        close(ours, theirs)
+    with pytest.raises(UserError, match="Probabilities of 5 words"):
+        Probabilities(torch.rand(2, 5)).divergence(torch.rand(2, 6), "forward_kl", 1.0)
+
+
+def test_signals_move_with_all_they_hold():
+    ids, numbers = torch.zeros(2, 3, dtype=torch.long), torch.rand(2, 3)
+    signals = [
+        Dense(numbers), Probabilities(numbers), Head(numbers, OutputLayer(numbers, numbers[0])), Head(numbers, numbers),
+        TopK(ids, numbers, numbers[:, 0], 2.0), Sampled(ids, numbers, 2.0),
+    ]  # fmt: skip
+    for signal in signals:
+        there = signal.to("meta")
+        held = [x for value in vars(there).values() for x in (value if isinstance(value, tuple) else (value,)) if torch.is_tensor(x)]
+        assert held
+        assert {x.device.type for x in held} == {"meta"}
+        assert getattr(there, "temperature", 1.0) == getattr(signal, "temperature", 1.0)

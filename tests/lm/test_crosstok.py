@@ -19,8 +19,9 @@ from stillroom.lm.crosstok import (
     student_likelihoods,
     uld,
 )
+from stillroom.lm.output import head
 from stillroom.lm.signals import Sampled
-from stillroom.lm.text import head, states
+from stillroom.lm.text import states
 from stillroom.lm.tokenizer import Characters, encode_with_offsets, fingerprint
 from stillroom.lm.traces import Trace
 from stillroom.losses.tokens import align
@@ -115,9 +116,9 @@ def test_a_student_that_is_its_teacher_loses_nothing_and_another_gets_the_gradie
     batch = pairs.student.take(torch.tensor([2, 0]))
     hidden, labels = align(states(model, batch), batch.labels)
     assert loss(hidden, head(model), labels, torch.tensor([2, 0])).loss.abs() < 1e-3  # states are kept in float16
-    weight = (head(model).detach() + 0.1 * torch.randn(head(model).shape)).requires_grad_()
+    weight = (head(model).weight.detach() + 0.1 * torch.randn(head(model).weight.shape)).requires_grad_()
     kept = labels != -100
-    teacher, student = hidden[kept].detach() @ head(model).T, hidden[kept].detach() @ weight.T
+    teacher, student = hidden[kept].detach() @ head(model).weight.T, hidden[kept].detach() @ weight.T
     if kind == "states":
         want = uld(teacher, student).mean()
     else:

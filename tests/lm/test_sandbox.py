@@ -1,6 +1,8 @@
 """Hostile snippets: none gets through, the sandbox and its host survive; and honest ones compute."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +11,23 @@ import pytest
 from stillroom.core.errors import UserError
 from stillroom.lm.sandbox import IMPORTS, Limits, Sandbox
 
-SYSTEM = [*IMPORTS, "os", "sys", "socket", "subprocess", "threading", "ctypes", "signal", "resource", "pathlib", "shutil", "gc", "inspect"]
+SYSTEM = [
+    *IMPORTS,
+    "os",
+    "sys",
+    "socket",
+    "subprocess",
+    "threading",
+    "ctypes",
+    "signal",
+    "resource",
+    "pathlib",
+    "shutil",
+    "gc",
+    "inspect",
+    "fcntl",
+    "struct",
+]
 THROUGH = "GOT" + "THROUGH"
 
 
@@ -22,6 +40,11 @@ def box():
             yield sandbox
     except UserError as wrong:
         pytest.skip(str(wrong))
+
+
+def to_all(statement, before=""):
+    """Code that does something to each of its open files but the standard ones."""
+    return f"import os\n{before}\nfor fd in range(3, 64):\n    try:\n        {statement}\n    except OSError: pass\n"
 
 
 HOSTILE = {
@@ -75,6 +98,28 @@ HOSTILE = {
         "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{\"call\": \"big\", \"args\": [], \"kwargs\": {}}\\n')\n"
         "    except OSError: pass\nwhile True: pass"
     ),
+    "owning its pipes": to_all(
+        "for command, value in OWNING:\n            try: fcntl.fcntl(fd, command, value); print(THROUGH)\n            except OSError: pass",
+        f"import fcntl\nTHROUGH = {THROUGH!r}\nOWNING = (8, os.getppid()), (10, 9), (4, os.O_ASYNC), (4, os.O_NONBLOCK), (1031, 4096)",
+    ) + "raise SystemExit",
+    "owning its pipes by ioctl": to_all(
+        "for command in (0x8901, 0x8902, 0x5452, 0x5421):\n"
+        "            try: fcntl.ioctl(fd, command, b'\\1\\0\\0\\0'); print(THROUGH)\n            except OSError: pass",
+        f"import fcntl\nTHROUGH = {THROUGH!r}",
+    ) + "raise SystemExit",
+    "deep nesting": to_all("os.write(fd, b'[' * 200_000 + b'\\n')") + "while True: pass",
+    "deep call": to_all(
+        "os.write(fd, line)", "line = b'{\"call\": \"look\", \"args\": ' + b'[' * 300 + b']' * 300 + b', \"kwargs\": {}}\\n'"
+    ) + "while True: pass",
+    "a long line": to_all("while True: os.write(fd, b'x' * 2**20)"),
+    "a huge number": to_all("os.write(fd, b'9' * 100_000 + b'\\n')") + "while True: pass",
+    "endless calls": "while True: look('a')",
+    "a long forged outcome": to_all(
+        "os.write(fd, line)", "line = b'{\"done\": {\"output\": \"' + b'x' * 100_000 + b'\", \"error\": \"e\", \"state\": \"\"}}\\n'"
+    ) + "while True: pass",
+    "unreadable folders": "import os\nos.mkdir('a', 0o300)\nopen('a/b', 'w').close()\nraise SystemExit",
+    "many files": f"for i in range(100_000): open(str(i), 'w').close()\nprint('{THROUGH}')",
+    "an unreadable folder at its end": "import os\nos.mkdir('left', 0o300)\nopen('left/file', 'w').close()\nos._exit(0)",
     "exiting": "import os\nos._exit(0)",
     "raising exit": "raise SystemExit",
     "crashing": "import ctypes\nctypes.string_at(0)",
@@ -90,7 +135,7 @@ def test_hostile_code_does_not_get_through(box, name, monkeypatch):
     assert THROUGH not in outcome.output
     assert len(outcome.output) <= 10_000
     assert time.monotonic() - started < 20
-    assert box.run("print(6 * 7)").output == "42\n"
+    assert box.run("import os\nprint(6 * 7, os.listdir())").output == "42 []\n"
     assert box._process.pid == zygote
     assert not Path("/usr/evil").exists()
     assert os.getpid()
@@ -148,3 +193,41 @@ def test_without_bubblewrap_it_refuses(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs bubblewrap"):
         Sandbox()
+
+
+def test_a_sandbox_that_falls_silent_or_ends_costs_the_snippet_alone(monkeypatch):
+    """Whatever silences it: here another program stands in for the supervisor."""
+    monkeypatch.setattr("stillroom.lm.sandbox.GRACE", 0.3)
+    ready = "import sys, time\nsys.stdin.readline()\nprint('{\"failed\": null}', flush=True)\nsys.stdin.readline()\n"
+    with Sandbox(limits=Limits(seconds=0.2)) as sandbox:
+        good = sandbox._command
+        for rest, message in (
+            ("time.sleep(60)", "gave no answer for 0.5 s"),
+            ("sys.exit()", "ended the sandbox's process"),
+            ("print('[' * 100_000, flush=True)\ntime.sleep(60)", "broke the sandbox's protocol"),
+        ):
+            sandbox._command = [sys.executable, "-c", ready + rest]
+            assert message in sandbox.run("1").error
+            sandbox._command = good
+            assert sandbox.run("print(1)").output == "1\n"
+            sandbox.close()
+        sandbox._command = [sys.executable, "-c", "import time\ntime.sleep(60)"]
+        with pytest.raises(UserError, match="cannot isolate code on this system: it did not start"):
+            sandbox.run("1")
+        sandbox._command = [sys.executable, "-c", 'print(\'{"failed": "no seccomp"}\')']
+        with pytest.raises(UserError, match="cannot isolate code on this system: no seccomp"):
+            sandbox.run("1")
+
+
+def test_limits_of_the_user_that_are_lower_stay():
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from stillroom.lm.sandbox import Sandbox\n"
+        "with Sandbox() as box:\n"
+        "    print(box.run(\"print('y' * 5000, file=open('x', 'w'), flush=True)\").error)\n"
+        "    print(box.run(\"print('fine')\").output)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert "File too large" in done.stdout, done.stderr
+    assert "fine" in done.stdout

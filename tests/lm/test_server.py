@@ -1,5 +1,6 @@
 """The server teacher: against a flaky server in this process, and against `transformers serve` with a small real model."""
 
+import contextlib
 import json
 import os
 import socket
@@ -29,15 +30,31 @@ class Flaky(BaseHTTPRequestHandler):
         if trouble == "hang up":
             self.connection.shutdown(socket.SHUT_RDWR)
             return
+        if trouble in ("slow head", "slow body"):
+            head = b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if trouble == "slow body" else b"X: ")
+            with contextlib.suppress(OSError):
+                self.wfile.write(head)
+                for _ in range(200):
+                    self.wfile.write(b" ")
+                    time.sleep(0.05)
+            return
         text = trouble if isinstance(trouble, str) else json.dumps(
             {"choices": [{"message": {"content": "echo " + body["messages"][-1]["content"]}, "finish_reason": "stop"}]}
         )  # fmt: skip
         self.send_response(trouble if isinstance(trouble, int) else 200)
+        if isinstance(trouble, int) and 300 <= trouble < 400:
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_address[1]}/elsewhere")
         if trouble == 429:
             self.send_header("Retry-After", "0.01")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text.encode())
+
+    def do_GET(self):  # where a followed redirect would arrive
+        with self.server.lock:
+            self.server.seen.append(dict(self.headers))
+        self.send_response(200)
+        self.end_headers()
 
     def log_message(self, *_):
         pass
@@ -96,6 +113,69 @@ def test_the_key_is_sent_and_not_written(flaky, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "hush")
     teacher(flaky, tmp_path).reply(CHATS[:1])
     assert "hush" not in (tmp_path / "journal.jsonl").read_text()
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(flaky, tmp_path, monkeypatch, code):
+    monkeypatch.setenv("OPENAI_API_KEY", "hush")
+    flaky.script = [code]
+    with pytest.raises(UserError, match=rf"it answered {code}: .*elsewhere"):
+        teacher(flaky, tmp_path).reply(CHATS[:1])
+    assert len(flaky.seen) == 1
+
+
+@pytest.mark.parametrize("where", ["slow head", "slow body"])
+def test_an_answer_that_trickles_is_given_up(flaky, tmp_path, where):
+    flaky.script, started = [where, where], time.monotonic()
+    with pytest.raises(UserError, match=r"not whole within 0\.5 s"):
+        teacher(flaky, tmp_path, retries=1, timeout=0.5).reply(CHATS[:1])
+    assert time.monotonic() - started < 5
+    assert teacher(flaky, tmp_path).reply(CHATS[:1]) == [[Reply("echo question 0", True)]]
+
+
+def test_equal_requests_are_sent_once_and_answered_alike_ever_after(flaky, tmp_path):
+    flaky.script = [500]
+    first = teacher(flaky, tmp_path).reply(CHATS[:2] * 8)
+    assert first == [[Reply(f"echo question {i}", True)] for i in (0, 1)] * 8
+    assert len(flaky.seen) == 2 + 1
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 2
+    assert teacher(flaky, tmp_path).reply(CHATS[:2] * 8) == first
+    flaky.script = [401]
+    with pytest.raises(UserError, match="401"):
+        teacher(flaky, tmp_path).reply(CHATS[2:3] * 8)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"choices": [{"message": {"content": ["a"]}}]}', '{"choices": [{"message": {"content": 3}}]}', '{"choices": {}}', "[]", "3",
+        '{"choices": [{"message": {"content": "a"}, "finish_reason": 1}]}', '{"choices": [{"message": "a"}]}', "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_what_is_no_chat_completion_is_asked_for_again(flaky, tmp_path, answer):
+    flaky.script = [answer]
+    assert teacher(flaky, tmp_path).reply(CHATS[:1]) == [[Reply("echo question 0", True)]]
+    assert len(flaky.seen) == 2
+
+
+def test_a_last_line_that_lacks_only_its_end_is_completed(flaky, tmp_path):
+    teacher(flaky, tmp_path).reply(CHATS[:2])
+    journal = tmp_path / "journal.jsonl"
+    whole = journal.read_bytes()
+    for cut in range(1, len(whole.splitlines()[-1]) + 2):
+        journal.write_bytes(whole[:-cut])
+        before = len(flaky.seen)
+        assert len(teacher(flaky, tmp_path).reply(CHATS[:2])) == 2
+        assert len(flaky.seen) - before == (cut > 1)
+        assert sorted(journal.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+@pytest.mark.parametrize("line", ['{"key": 1, "text": "b", "finished": true}', '{"key": "a", "text": null, "finished": true}',
+                                  '{"key": "a", "text": "b", "finished": "no"}', "[]", "3"])  # fmt: skip
+def test_a_whole_line_of_other_types_is_broken(tmp_path, line):
+    (tmp_path / "j").write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1 is broken"):
+        Server("openai:http://localhost/v1#m", tmp_path / "j")
 
 
 def test_an_opening_is_continued(flaky, tmp_path):

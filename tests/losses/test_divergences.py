@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
-from stillroom.losses.divergences import cross_entropy, jsd, kl, mse_probs, reverse_kl, soft_cross_entropy
+from stillroom.losses.divergences import cross_entropy, jeffreys, jsd, kl, mse_probs, reverse_kl, soft_cross_entropies, soft_cross_entropy
 
 
 @pytest.fixture
@@ -62,11 +62,42 @@ def test_jsd_tends_to_both_kls_at_its_ends(pair):
             jsd(*pair, beta)
 
 
+def test_soft_cross_entropies_at_several_temperatures(pair):
+    logits, targets = pair[0][0], torch.tensor(probs(pair[1][:2]))
+    found = soft_cross_entropies(logits, targets, torch.tensor([1.0, 4.0]).view(2, 1, 1))
+    for value, target, temperature in zip(found, targets, (1.0, 4.0), strict=True):
+        assert float(value) == pytest.approx(-(target.numpy() * log_softmax(logits.numpy() / temperature, axis=-1)).sum())
+
+
+def test_jeffreys_by_scipy_and_by_hand(pair):
+    p, q = (probs(logits) for logits in pair)
+    np.testing.assert_allclose(jeffreys(*pair), (rel_entr(p, q) + rel_entr(q, p)).sum(-1) / 2)
+    np.testing.assert_allclose(jeffreys(*pair), jeffreys(*pair[::-1]))
+    two = jeffreys(torch.tensor([0.75, 0.25], dtype=torch.float64).log(), torch.tensor([0.25, 0.75], dtype=torch.float64).log())
+    assert float(two) == pytest.approx(0.5 * math.log(3))  # 1/2 (1/2 log 3 + 1/2 log 3)
+    # The released form: both KLs as means over all elements, times the number of classes, halved.
+    released = 7 * 0.5 * ((p * np.log(p / q)).mean() + (q * np.log(q / p)).mean())
+    assert float(jeffreys(*pair).mean()) == pytest.approx(released)
+
+
+def test_jeffreys_is_four_times_js_near_agreement_and_unbounded_far_from_it(pair):
+    near = pair[0] + 1e-3 * pair[1]
+    torch.testing.assert_close(jeffreys(pair[0], near) / jsd(pair[0], near, 0.5), torch.full((4, 3), 4.0).double(), rtol=1e-4, atol=0)
+    far = torch.tensor([40.0, 0.0]), torch.tensor([0.0, 40.0])
+    assert float(jeffreys(*far)) == pytest.approx(40.0)
+    assert float(jsd(*far, 0.5)) < math.log(2) + 1e-6
+    half = jeffreys(*(logits.half() for logits in far))
+    assert half.dtype == torch.float32
+    assert float(half) == pytest.approx(40.0)
+
+
 def test_mse_of_probabilities_sums_over_classes(pair):
     np.testing.assert_allclose(mse_probs(pair[0], torch.tensor(probs(pair[1]))), ((probs(pair[0]) - probs(pair[1])) ** 2).sum(-1))
 
 
-@pytest.mark.parametrize("loss", [kl, reverse_kl, lambda t, s: jsd(t, s, 0.3, 2.0), lambda t, s: soft_cross_entropy(s, t.softmax(-1))])
+@pytest.mark.parametrize(
+    "loss", [kl, reverse_kl, jeffreys, lambda t, s: jsd(t, s, 0.3, 2.0), lambda t, s: soft_cross_entropy(s, t.softmax(-1))]
+)
 def test_student_gradients_by_finite_differences(pair, loss):
     teacher, student = pair
     assert torch.autograd.gradcheck(lambda s: loss(teacher, s), (student[0].requires_grad_(),))
@@ -90,7 +121,7 @@ def test_t2_keeps_the_gradient_at_high_temperature(pair):
         torch.testing.assert_close(gradient, limit, rtol=0, atol=20 / temperature)
 
 
-@pytest.mark.parametrize("divergence", [kl, reverse_kl, lambda t, s: jsd(t, s, 0.5)])
+@pytest.mark.parametrize("divergence", [kl, reverse_kl, jeffreys, lambda t, s: jsd(t, s, 0.5)])
 def test_extreme_and_masked_logits_stay_finite(divergence):
     teacher = torch.tensor([[1e4, 0.0, -1e4], [1.0, 2.0, -math.inf]])
     student = torch.tensor([[-1e4, 0.0, 1e4], [2.0, 1.0, -math.inf]], requires_grad=True)

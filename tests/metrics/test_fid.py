@@ -11,7 +11,7 @@ import torch
 from stillroom.core.errors import UserError
 from stillroom.core.run import Run
 from stillroom.core.store import Store
-from stillroom.diffusion import settings
+from stillroom.diffusion import teachers
 from stillroom.metrics import fid as module
 from stillroom.metrics.fid import extractor, fid
 from stillroom.recipes.diffusion import consistency
@@ -121,7 +121,7 @@ def test_the_flag_of_a_recipe_adds_a_column(small: str, tmp_path: Path, monkeypa
     assert b > 0
     assert a != b
 
-    setting = settings.load(f"diffusers:{where}", fid="teacher")
+    setting = teachers.load(f"diffusers:{where}", fid="teacher")
     x, y = torch.randn(11, 1, 8, 8), torch.randn(9, 1, 8, 8)
     decoded = [(z / 2 + 0.5).clamp(0, 1) for z in (x, y)]
     with Run(tmp_path / "run", plots=False) as run:
@@ -143,6 +143,6 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(UserError, match=r"stillroom\[fid\]"):
         fid(tmp_path, tmp_path)
     with pytest.raises(UserError, match=r"stillroom\[fid\]"):  # before the pipeline is even looked for
-        settings.load(f"diffusers:{tmp_path}", fid="teacher")
+        teachers.load(f"diffusers:{tmp_path}", fid="teacher")
     with pytest.raises(UserError, match="own yardsticks"):
-        settings.load("ring", fid="teacher")
+        teachers.load("ring", fid="teacher")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from stillroom.core.errors import UserError
-from stillroom.nets.build import NAMES, build, keep_outputs
+from stillroom.nets.build import NAMES, build, keep_outputs, with_head
 
 GREY = {"classes": 10, "channels": 1, "size": 8, "mean": (0.3,), "std": (0.4,)}
 COLOUR = {"classes": 7, "channels": 3, "size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
@@ -27,6 +27,21 @@ def test_every_net_classifies_and_can_be_rebuilt(name, shape):
     again.load_state_dict(net.state_dict())
     assert torch.equal(again(images), logits)
     assert again.spec == net.spec
+
+
+@pytest.mark.parametrize("name", ["convnet-avg-4x8", "mlp-16", "vit-p4-w16-d1"])
+def test_a_body_under_a_new_head_keeps_all_but_the_head(name):
+    torch.manual_seed(0)
+    net, images = build(name, **GREY), torch.rand(5, 1, 8, 8)
+    net(images)  # moves running statistics
+    net.eval()
+    other = with_head(net, 3).eval()
+    torch.testing.assert_close(other.features(images), net.features(images))
+    assert other(images).shape == (5, 3)
+    assert (other.spec["classes"], net.spec["classes"], other.head.out_features) == (3, 10, 3)
+    same = with_head(net, 10)
+    assert not torch.equal(same.head.weight, net.head.weight)
+    assert not {id(p) for p in same.parameters()} & {id(p) for p in net.parameters()}
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("resnet20", 269_722), ("resnet32", 464_154), ("preact-resnet18", 11_172_170)])

@@ -2,7 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from stillroom.adapt.masked import MaskedViT
+from stillroom.core.engine import make
 from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
+from stillroom.core.run import Run
 from stillroom.nets.build import build
 from stillroom.nets.vit import Block, MaskedDecoder
 
@@ -49,3 +53,14 @@ def test_decoder_puts_visible_patches_in_their_places():
 def test_a_patch_must_divide_the_image():
     with pytest.raises(UserError, match="patches of 3"):
         build("vit-p3-w32-d1", **SHAPE)
+
+
+def test_masked_training_runs_in_half_precision_and_moves_all_it_should(tmp_path):
+    with Run(tmp_path / "run", 0, engine=make("local", "cpu", "bf16"), plots=False) as run:
+        model, optimizer = run.trainable("model", MaskedViT(build("vit-p2-w16-d1", **SHAPE), 0.75), Optimizer("sgd", 0.1))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for _ in run.steps(3):
+            errors, hidden = model(torch.rand(6, 1, 8, 8))
+            run.update(optimizer, mae=errors, norm=hidden.square().sum(1))
+        still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still == {"encoder.head.weight", "encoder.head.bias"}  # nothing looks at the head

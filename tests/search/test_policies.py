@@ -42,14 +42,14 @@ def test_clade_counts_are_sums_over_descendants_and_asking_twice_changes_nothing
         assert [(p, f) for _, p, f in nodes] == list(zip(*(c.tolist() for c in state.counts()), strict=True))
 
 
-@pytest.mark.parametrize("heat", [1.0, 4.0])
-def test_thompson_chooses_with_the_probability_that_each_posterior_is_the_largest(heat):
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+def test_thompson_chooses_with_the_probability_that_each_posterior_is_the_largest(tau):
     passed, failed = np.array([3, 6, 1]), np.array([3, 9, 0])
-    a, b, c = (stats.beta(heat * (1 + s), heat * (1 + f)) for s, f in zip(passed, failed, strict=True))  # the prior is heated too
+    a, b, c = (stats.beta(tau * (1 + s), tau * (1 + f)) for s, f in zip(passed, failed, strict=True))  # the prior is heated too
     first = integrate.quad(lambda x: a.pdf(x) * b.cdf(x) * c.cdf(x), 0, 1)[0]
     second = integrate.quad(lambda x: b.pdf(x) * a.cdf(x) * c.cdf(x), 0, 1)[0]
     rng = np.random.default_rng(0)
-    share = np.bincount([thompson(passed, failed, rng, heat) for _ in range(8000)], minlength=3) / 8000
+    share = np.bincount([thompson(passed, failed, rng, tau) for _ in range(8000)], minlength=3) / 8000
     assert share == pytest.approx([first, second, 1 - first - second], abs=0.02)
 
 

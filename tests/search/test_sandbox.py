@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +31,15 @@ def test_plain_values_go_in_and_out(value):
         ("import os; os._exit(0)", "no usable answer"),
         ("import os; os.kill(os.getpid(), 11)", "the program died"),
         ("return object()", "no usable answer"),
+        ("import os; os.mkfifo('answer.txt'); os._exit(0)", "no usable answer"),
+        ("import os; os.symlink('/dev/zero', 'answer.txt'); os._exit(0)", "no usable answer"),
+        ("import os; os.symlink(__import__('sys').executable, 'answer.txt'); os._exit(0)", "no usable answer"),
+        ("import os; os.truncate(os.open('answer.txt', 66, 0o600), 1 << 20); os._exit(0)", "no usable answer"),
+        ("import os; os.remove('error.txt'); os.mkfifo('error.txt'); os._exit(3)", "the program died"),
+        ("import os; os.mkdir('a', 0o300); open('a/b', 'w').close(); os._exit(1)", "the program died"),
+        ("import os; os.kill(os.getppid(), 9); __import__('time').sleep(60)", "the waiting interpreter died"),
+        ("import os; os.kill(os.getppid(), 19); __import__('time').sleep(60)", "the waiting interpreter died"),
+        ("return eval('[' * 50 + ']' * 50)", None),
         ("return float('nan')", "no usable answer"),
         ("return 'x' * (1 << 30)", "MemoryError"),
         ("open('x', 'w').write('x' * (1 << 22))", "File too large"),
@@ -34,10 +47,13 @@ def test_plain_values_go_in_and_out(value):
         ("import time; time.sleep(60)", "no answer after 0.5 s"),
     ],
 )
-def test_what_goes_wrong_is_said(body, says):
+def test_what_goes_wrong_is_said(body, says, monkeypatch, tmp_path):
+    monkeypatch.setattr("stillroom.search.sandbox._GRACE", 1.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     limits = Limits(seconds=0.5, memory_mb=256, file_mb=1, network=False)
-    with pytest.raises(SandboxError, match=says):
+    with pytest.raises(SandboxError, match=says) if says else nullcontext():
         run_function(f"def f():\n    {body}", "f", [], limits)
+    assert not list(tmp_path.iterdir())
     assert run_function("def f():\n    return 'fine'", "f", []) == "fine"
 
 
@@ -98,3 +114,35 @@ def test_a_waiting_interpreter_that_was_killed_is_replaced():
     server.kill()
     server.wait()
     assert run_function(source, "f", []) == "fine"
+
+
+def test_a_number_that_a_program_writes_is_never_signalled():
+    """It can reach the waiting interpreter's output, for it runs as the same user; the line is not that of its call."""
+    source = (
+        "import os\ndef f(pid):\n    try:\n"
+        "        with open(f'/proc/{os.getppid()}/fd/1', 'w') as out: out.write(f'{pid}\\n{pid} 1 0\\n')\n"
+        "    except OSError: pass\n    return 'own'"
+    )
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    try:
+        assert run_function(source, "f", [bystander.pid]) == "own"
+        assert run_function("def f(): return 'next'", "f", []) == "next"
+        time.sleep(0.1)
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_limits_of_the_user_that_are_lower_stay():
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from stillroom.search import Limits, SandboxError, run_function\n"
+        'write = \'def f(n):\\n    print("y" * n, file=open("x", "w"), flush=True)\\n    return n\'\n'
+        "print(run_function(write, 'f', [100]))\n"
+        "try: run_function(write, 'f', [5000])\nexcept SandboxError as error: print(error)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("100\n"), done.stderr
+    assert "File too large" in done.stdout

@@ -11,7 +11,7 @@ from stillroom.core.errors import UserError
 from stillroom.data.embedded import digits, shapes
 from stillroom.nets.build import build, keep_outputs
 from stillroom.nets.wrapped import Wrapped
-from stillroom.vision.hub import load_classifier
+from stillroom.vision.hub import load_classifier, load_encoder
 from stillroom.vision.saving import save_classifier
 
 transformers = pytest.importorskip("transformers")
@@ -96,6 +96,37 @@ def test_fresh_transformers_net_has_the_classes_and_channels_of_the_data(tmp_pat
     save_classifier(net, tmp_path / "saved")
     again = load_classifier(f"run:{tmp_path}/saved", data=DIGITS)
     torch.testing.assert_close(again.eval()(DIGITS.test.images()[:2]), net.eval()(DIGITS.test.images()[:2]))
+
+
+def test_a_small_encoder_is_a_fresh_body_by_name():
+    torch.manual_seed(0)
+    encoder, again = (load_encoder("small:convnet-avg-4x8", data=SHAPES, fresh=fresh) for fresh in (False, True))
+    images = SHAPES.test.images()[:4]
+    assert encoder(images).shape == (4, 8 * 4 * 4)
+    torch.testing.assert_close(encoder(images), encoder.net.body(images))
+    assert not torch.equal(encoder.net.body[1].weight, again.net.body[1].weight)
+
+
+def test_encoders_with_random_weights_have_the_channels_and_normalisation_of_the_data(tmp_path):
+    tiny("vit", 6).save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").write_text("{}")
+    net = build("mlp-16", classes=3, channels=3, size=16, mean=SHAPES.mean, std=SHAPES.std)
+    save_classifier(net, tmp_path / "run" / "student")
+    for spec, data in ((f"hf:{tmp_path / 'vit'}", DIGITS), (f"run:{tmp_path / 'vit'}", DIGITS), (f"run:{tmp_path / 'run'}", SHAPES)):
+        fresh, images = load_encoder(spec, data=data, fresh=True), data.test.images()[:4]
+        trained = load_encoder(spec, data=SHAPES)
+        assert fresh(images).shape == (4, 16)
+        assert not torch.equal(next(p for p in fresh.parameters() if p.ndim > 1).flatten()[:8],
+                               next(p for p in trained.parameters() if p.ndim > 1).flatten()[:8])  # fmt: skip
+        normalise = fresh.normalise if hasattr(fresh, "normalise") else fresh.net.body[0]
+        torch.testing.assert_close(normalise.mean.flatten(), torch.tensor(data.mean))
+    torch.testing.assert_close(load_encoder(f"run:{tmp_path / 'run'}", data=SHAPES)(images), net.features(images))
+
+
+def test_what_names_no_encoder_is_refused():
+    for spec in ("vit", "small:", "timm:vit", "hf:"):
+        with pytest.raises(UserError, match="names no encoder"):
+            load_encoder(spec, data=SHAPES)
 
 
 def test_grey_images_are_repeated_over_a_colour_model(tmp_path):

@@ -9,9 +9,12 @@ first-thought prefix (the teacher's agent reply is opened with the first thought
 The laptop's world: entities with a number each, questions like `lumi taken from kefo`, a tool look(name), Python in the sandbox. Tests
 ask about entities of the training questions (accuracy), about others (unseen), and about others with larger numbers (ood). Teachers:
 a script, or a language model that was trained on many chains of thought and few trajectories, so that it reasons better than it acts: what
-the first-thought prefix is for. Exact: formats, masks, filter, prefix, selection. Shrunk: models and world. The chains of thought that the
-agent is held against have three times its steps, and eight votes, so that they are learned.
-With `--questions` and a real teacher and student the same program collects, filters, trains (LoRA) and tests.
+the first-thought prefix is for. The chains of thought that the agent is held against have three times its steps, and eight votes, so that
+they are learned. With `--questions` and a real teacher and student the same program collects, filters, trains (LoRA) and tests.
+
+Exact: formats, masks, filter, prefix, selection, stop strings. Shrunk: models and world.
+Ours: the world; candidates agree on their final answers too, and each is tried on a copy of the state; facts are judged by their words,
+where the paper asks a language model. Left out: retrieval on real questions (an index of tens of gigabytes), and with it chains with facts.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from stillroom.catalogue.claims import Claim
@@ -29,18 +31,18 @@ from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.data.entities import ALPHABET, SYMBOLS, Part, Question, World, make_world
-from stillroom.data.sequences import Rows, shuffled
-from stillroom.lm.agent import Chat, Episode, Policy, Workbench, first_thoughts, read_published, rollout
-from stillroom.lm.chunked import chunked_loss
+from stillroom.data.sequences import Rows
+from stillroom.lm.agent import STOPS, Chat, Episode, Policy, Workbench, read_published, rollout
+from stillroom.lm.collect import ask, collect, collect_thoughts, greedy, kept, served, thoughts
 from stillroom.lm.generate import generate, reply
 from stillroom.lm.sandbox import Limits, Sandbox
-from stillroom.lm.server import Server
+from stillroom.lm.settings import refuse_idle
 from stillroom.lm.teachers import load_causal, save_causal
-from stillroom.lm.text import chats, head, states
 from stillroom.lm.tokenizer import Characters
-from stillroom.lm.traces import Trace, render, tokenize, write
-from stillroom.lm.verify import after, gsm8k, last_number, numbers
-from stillroom.losses.tokens import IGNORE, align
+from stillroom.lm.traces import Trace, render, tokenize
+from stillroom.lm.train import sft
+from stillroom.lm.verify import answers, gsm8k, marked
+from stillroom.losses.tokens import IGNORE
 from stillroom.nets.decoder import Decoder
 
 
@@ -82,8 +84,10 @@ class Config:
     """Trajectories of a published data set to train on, instead of collecting them."""
     student: str = ""
     """hf:ID-or-folder, for real questions."""
-    max_new_tokens: Count = 1024
-    length: Count = 10_240
+    max_new_tokens: Natural = 0
+    """Longest reply; 0: 64 tokens in the world, 1024 on real questions."""
+    length: Natural = 0
+    """Longest trajectory trained on, in tokens; 0: 512 in the world, 10,240 on real questions."""
     lora_rank: Natural = 64
     """LoRA rank of a real student, on all linear layers with alpha twice the rank; 0 trains everything."""
 
@@ -99,7 +103,7 @@ def full() -> Config:
 
 LONG = {"steps": 1500, "samples": 8}
 EARLY = {"steps": 300}
-TINY = {"trajectories": 16, "tests": 4, "steps": 4, "max_new_tokens": 64}
+TINY = {"trajectories": 16, "tests": 4, "steps": 4}
 ARMS = {
     "cot, 3x steps, 8 votes": {"student_learns": "cot", **LONG},
     "cot+facts, 3x steps, 8 votes": {"student_learns": "cot+facts", **LONG},
@@ -150,7 +154,43 @@ COT_SYSTEM = "Reason step by step. Begin with a short plan, then a blank line. E
 
 def main(cfg: Config, run: Run) -> dict[str, float]:
     """The world by default; real questions when `questions` or `published` names a file."""
+    check_flags(cfg)
     return real(cfg, run) if cfg.questions or cfg.published else laptop(cfg, run)
+
+
+def check_flags(cfg: Config) -> None:
+    """UserError for what cannot be asked together, and for a flag that the others leave without effect."""
+    idle: dict[str, str] = {}
+    if cfg.student_learns != "agent":
+        idle |= dict.fromkeys(("first_thought", "train_observations", "max_steps"), "only an agent has steps and observations")
+    if cfg.samples == 1:
+        idle |= dict.fromkeys(("temperature", "top_p"), "--samples is 1, which is greedy")
+    if cfg.questions or cfg.published:
+        if not cfg.student:
+            raise UserError("Real questions need a real student: --student hf:ID-or-folder.")
+        if cfg.student_learns == "cot+facts":
+            raise UserError("--student-learns cot+facts needs facts to retrieve, which real questions do not bring: give agent or cot.")
+        if cfg.published and cfg.student_learns == "cot":
+            raise UserError("--published holds an agent's trajectories: chains of thought are collected from --questions.")
+        idle |= dict.fromkeys(("width", "layers"), f"{cfg.student} has its own size")
+        idle |= dict.fromkeys(("teacher_thoughts", "teacher_acts", "teacher_width", "teacher_steps"), "only the world trains its teacher")
+        if cfg.published:
+            idle |= dict.fromkeys(("questions", "teacher", "first_thought"), "--published trajectories are not collected again")
+        elif cfg.teacher in ("scripted", "learned"):
+            raise UserError(f"--teacher {cfg.teacher} knows the world only: real questions need openai:URL#model or hf:ID-or-folder.")
+        if not cfg.test_questions:
+            idle |= dict.fromkeys(("samples", "tests"), "there are no --test-questions")
+    else:
+        idle |= dict.fromkeys(("test_questions", "student", "lora_rank"), "it is for real questions (--questions or --published)")
+        if cfg.student_learns != "agent":
+            idle |= {"teacher": "the world writes its chains of thought"}
+        elif cfg.teacher not in ("scripted", "learned"):
+            raise UserError(f"--teacher {cfg.teacher} needs real questions (--questions FILE); in the world it is scripted or learned.")
+        elif cfg.first_thought and cfg.teacher == "scripted":
+            raise UserError("The scripted teacher has no chain of thought of its own to begin with: give --teacher learned.")
+        if cfg.teacher != "learned":
+            idle |= dict.fromkeys(("teacher_thoughts", "teacher_acts", "teacher_width", "teacher_steps"), "the teacher is not learned")
+    refuse_idle(cfg, idle)
 
 
 # -- the world ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +201,7 @@ def laptop(cfg: Config, run: Run) -> dict[str, float]:
         bench = Workbench(box)
         traces, metrics = lessons(cfg, run, world, tokenizer, bench)
         net, optimizer = run.trainable("student", Decoder(len(tokenizer), cfg.width, cfg.layers, 4), cfg.optimizer)
-        sft(run, net, optimizer, to_rows(tokenizer, traces, cfg.train_observations), cfg.steps, cfg.batch_size)
+        sft(run, net, optimizer, to_rows(tokenizer, traces, cfg.train_observations, cfg.length or 512), cfg.steps, cfg.batch_size)
         net = run.unwrap(net)
         parts: dict[str, Part] = {"accuracy": "known", "unseen": "unseen", "ood": "large"}
         tests = {name: world.questions(cfg.tests, "test", part) for name, part in parts.items()}
@@ -184,21 +224,19 @@ def lessons(cfg: Config, run: Run, world: World, tokenizer: Characters, bench: W
     questions = world.questions(cfg.trajectories, "train")
     if cfg.student_learns != "agent":
         return [cot_trace(q, world, world.facts if cfg.student_learns == "cot+facts" else None) for q in questions], {}
-    if cfg.teacher not in ("scripted", "learned"):
-        raise UserError(f"--teacher {cfg.teacher} needs real questions (--questions FILE); in the world it is scripted or learned.")
-    if cfg.first_thought and cfg.teacher == "scripted":
-        raise UserError("The scripted teacher has no chain of thought of its own to begin with: --first-thought needs --teacher learned.")
     asked = [(q.text(), str(q.answer(world.facts))) for q in questions]
-    metrics: dict[str, float] = {}
-    if cfg.teacher == "learned":
-        policy = greedy(learned(cfg, run, world, tokenizer, bench), tokenizer)
-        thoughts = policy([[{"role": "system", "content": THINK}, {"role": "user", "content": q}] for q, _ in asked], [""] * len(asked), 1)
-        metrics["teacher_cot"] = gsm8k.accuracy([text for (text,) in thoughts], [answer for _, answer in asked])
-    else:
-        policy = scripted(questions)
-    traces, success = collect(cfg, policy, asked, bench, act=ACT, think=THINK, system="")
-    write(run.folder / "trajectories.jsonl", traces)
-    return traces, {**metrics, "teacher_success": success}
+    # Outside of what is kept: a finished teacher only reloads, and the draws that follow are the same either way.
+    policy = greedy(learned(cfg, run, world, tokenizer, bench), tokenizer) if cfg.teacher == "learned" else scripted(questions)
+
+    def build() -> tuple[list[str], dict[str, float]]:
+        metrics: dict[str, float] = {}
+        if cfg.teacher == "learned":
+            texts = thoughts(policy, [question for question, _ in asked], THINK)
+            metrics["teacher_cot"] = gsm8k.accuracy(texts, [answer for _, answer in asked])
+        traces, success = collect(policy, asked, bench, **how(cfg), act=ACT, think=THINK, system="")
+        return [trace.line() for trace in traces], {**metrics, "teacher_success": success}
+
+    return kept(run, build)
 
 
 def cot_trace(question: Question, world: World, facts: dict[str, int] | None, system: str = "") -> Trace:
@@ -240,31 +278,24 @@ def solve(
     cfg: Config, world: World, tokenizer: Characters, net: nn.Module, questions: Sequence[Question], bench: Workbench
 ) -> tuple[float, list[Episode]]:
     """Share of right answers, and an agent's episodes."""
-    policy, answers = policy_of(cfg, net, tokenizer, 64), [str(q.answer(world.facts)) for q in questions]
+    policy, wanted = policy_of(cfg, net, tokenizer, cfg.max_new_tokens or 64), [str(q.answer(world.facts)) for q in questions]
     if cfg.student_learns == "agent":
         episodes = rollout(policy, [q.text() for q in questions], bench, max_steps=cfg.max_steps, samples=cfg.samples)
-        return numbers.accuracy([str(e.answer) for e in episodes], answers), episodes
+        return answers.accuracy([str(e.answer) for e in episodes], wanted), episodes
     facts = world.facts if cfg.student_learns == "cot+facts" else None
     groups = policy([[{"role": "user", "content": q.text(facts)}] for q in questions], [""] * len(questions), cfg.samples)
-    return gsm8k.accuracy([group[gsm8k.vote(group) or 0] for group in groups], answers), []
+    return gsm8k.accuracy([group[gsm8k.vote(group) or 0] for group in groups], wanted), []
 
 
-def greedy(net: nn.Module, tokenizer: Any, max_new_tokens: int = 64) -> Policy:
-    def policy(conversations: Sequence[Chat], openings: Sequence[str], samples: int) -> list[list[str]]:
-        groups = reply(net, tokenizer, conversations, opening=openings, max_new_tokens=max_new_tokens, temperature=0)
-        return [[out.text for out in group] * samples for group in groups]
-
-    return policy
-
-
-def policy_of(cfg: Config, net: nn.Module, tokenizer: Any, max_new_tokens: int) -> Policy:
+def policy_of(cfg: Config, net: nn.Module, tokenizer: Any, max_new_tokens: int, stop: Sequence[str] = ()) -> Policy:
     """The student at test time: greedy, or sampling for self-consistent actions."""
     if cfg.samples == 1:
-        return greedy(net, tokenizer, max_new_tokens)
+        return greedy(net, tokenizer, max_new_tokens, stop)
+    options = {"max_new_tokens": max_new_tokens, "temperature": cfg.temperature, "top_p": cfg.top_p, "stop": stop}
 
     def policy(conversations: Sequence[Chat], openings: Sequence[str], samples: int) -> list[list[str]]:
-        how = {"max_new_tokens": max_new_tokens, "temperature": cfg.temperature, "top_p": cfg.top_p, "samples": samples}
-        return [[out.text for out in group] for group in reply(net, tokenizer, conversations, opening=openings, **how)]
+        groups = reply(net, tokenizer, conversations, opening=openings, samples=samples, **options)
+        return [[out.text for out in group] for group in groups]
 
     return policy
 
@@ -287,21 +318,6 @@ def invented(tokenizer: Characters, net: nn.Module, questions: Sequence[Question
     return sum(text.startswith("<|user|>") and any(c.isdigit() for c in text) for text in texts) / len(texts)
 
 
-# -- trajectories ------------------------------------------------------------------------------------------------------------------
-def collect(
-    cfg: Config, policy: Policy, asked: Sequence[tuple[str, str]], bench: Workbench, *, act: str, think: str, system: str
-) -> tuple[list[Trace], float]:
-    """The teacher's trajectories, one per (question, answer), that are right and parsed, with the student's `system` prompt, and their
-    share. `act` and `think` tell the teacher which of the two to do. UserError when none is left."""
-    questions = [question for question, _ in asked]
-    openings = first_thoughts(policy, questions, think) if cfg.first_thought else None
-    episodes = rollout(policy, questions, bench, system=act, max_steps=cfg.max_steps, openings=openings)
-    kept = [e for e, (_, answer) in zip(episodes, asked) if e.clean and numbers.accepts(str(e.answer), answer)]
-    if not kept:
-        raise UserError(f"The teacher {cfg.teacher} solved none of {len(asked)} questions as an agent: nothing is left to train on.")
-    return [e.trace(system, teacher=cfg.teacher) for e in kept], len(kept) / len(asked)
-
-
 # -- training ----------------------------------------------------------------------------------------------------------------------
 def to_rows(tokenizer: Any, traces: Sequence[Trace], everything: bool, length: int = 512) -> Rows:
     """Assistant text and its end tokens trained; with `everything`, all that follows the question."""
@@ -315,66 +331,50 @@ def to_rows(tokenizer: Any, traces: Sequence[Trace], everything: bool, length: i
     return Rows.of([row for row in rows if len(row[0]) <= length], length)
 
 
-def train_step(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, batch: Rows) -> None:
-    hidden, labels = align(states(net, batch), batch.labels.to(run.device))
-    out = chunked_loss(hidden, head(run.unwrap(net)), labels, ce_weight=1.0)
-    count = out.tokens.clamp(min=1)
-    run.update(optimizer, ce=(out.loss * count)[None], count=count)
-
-
-def sft(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows, steps: int, batch_size: int) -> None:
-    for step in run.steps(steps):
-        train_step(run, net, optimizer, rows.take(run.shard(shuffled(len(rows), batch_size, run.seed, step)).cpu()))
-
-
 # -- real questions ----------------------------------------------------------------------------------------------------------------
 def real(cfg: Config, run: Run) -> dict[str, float]:
-    """Collect (or read) trajectories, train the student, let it answer the test questions."""
-    if not cfg.student:
-        raise UserError("Real questions need a real student: --student hf:ID-or-folder.")
+    """Collect (or read) trajectories, or chains of thought, train the student, let it answer the test questions."""
     net, tokenizer = load_causal(cfg.student, store=run.store)
+    if cfg.lora_rank:
+        net = with_lora(net, cfg.lora_rank)
+    budget, agent = cfg.max_new_tokens or 1024, cfg.student_learns == "agent"
+    stop = STOPS if agent else ()
     with Sandbox({"final_answer": lambda value: value}, imports=("math", "statistics", "fractions", "itertools", "re")) as box:
         bench, metrics = Workbench(box), dict[str, float]()
         if cfg.published:
             traces = list(read_published(cfg.published, SYSTEM))[: cfg.trajectories]
         else:
-            policy = served(cfg, run) if cfg.teacher.startswith("openai:") else greedy(*taught(cfg, run), cfg.max_new_tokens)
             asked = ask(cfg.questions)[: cfg.trajectories]
-            traces, metrics["teacher_success"] = collect(cfg, policy, asked, bench, act=SYSTEM, think=COT_SYSTEM, system=SYSTEM)
-            write(run.folder / "trajectories.jsonl", traces)
-        if cfg.lora_rank:
-            net = with_lora(net, cfg.lora_rank)
+
+            def build() -> tuple[list[str], dict[str, float]]:
+                here = not cfg.teacher.startswith("openai:")
+                policy = greedy(*taught(cfg, run), budget, stop) if here else served(cfg.teacher, run, budget, stop)
+                if agent:
+                    found, success = collect(policy, asked, bench, **how(cfg), act=SYSTEM, think=COT_SYSTEM, system=SYSTEM)
+                else:
+                    found, success = collect_thoughts(policy, asked, teacher=cfg.teacher, think=COT_SYSTEM)
+                return [trace.line() for trace in found], {"teacher_success": success}
+
+            traces, metrics = kept(run, build)
         student, optimizer = run.trainable("student", net, cfg.optimizer)
-        sft(run, student, optimizer, to_rows(tokenizer, traces, cfg.train_observations, cfg.length), cfg.steps, cfg.batch_size)
+        rows = to_rows(tokenizer, traces, cfg.train_observations, cfg.length or 10_240)
+        sft(run, student, optimizer, rows, cfg.steps, cfg.batch_size)
         student = run.unwrap(student)
         if cfg.test_questions:
             asked = ask(cfg.test_questions)[: cfg.tests]
-            policy = policy_of(cfg, student, tokenizer, cfg.max_new_tokens)
-            episodes = rollout(policy, [q for q, _ in asked], bench, system=SYSTEM, max_steps=cfg.max_steps, samples=cfg.samples)
-            metrics["accuracy"] = numbers.accuracy([str(e.answer) for e in episodes], [a for _, a in asked])
-            metrics |= conduct(episodes)
+            policy, wanted = policy_of(cfg, student, tokenizer, budget, stop), [answer for _, answer in asked]
+            if agent:
+                episodes = rollout(policy, [q for q, _ in asked], bench, system=SYSTEM, max_steps=cfg.max_steps, samples=cfg.samples)
+                metrics |= {"accuracy": answers.accuracy([str(e.answer) for e in episodes], wanted), **conduct(episodes)}
+            else:
+                metrics["accuracy"] = marked.accuracy(thoughts(policy, [q for q, _ in asked], COT_SYSTEM, cfg.samples), wanted)
     run.row("student", **metrics)
     run.save_student(student, lambda whole, folder: save_causal(whole, tokenizer, folder))
     return metrics
 
 
-def ask(path: str) -> list[tuple[str, str]]:
-    """(question, answer in canonical form): the number after the last "####", or else the last one."""
-    pairs = [(t.segments[0].text, t.segments[1].text) for t in chats(path)]
-    return [(q, (after("####")(a) if "####" in a else last_number(a)) or a) for q, a in pairs]
-
-
-def served(cfg: Config, run: Run) -> Policy:
-    server = Server(cfg.teacher, run.folder / "answers.jsonl")
-
-    def policy(conversations: Sequence[Chat], openings: Sequence[str], samples: int) -> list[list[str]]:
-        groups = server.reply(
-            conversations, opening=openings, samples=samples, temperature=0.0, max_new_tokens=cfg.max_new_tokens,
-            stop=["Observation:", "Calling tools:"],
-        )  # fmt: skip
-        return [[answer.text for answer in group] for group in groups]
-
-    return policy
+def how(cfg: Config) -> dict[str, Any]:
+    return {"teacher": cfg.teacher, "first_thought": cfg.first_thought, "max_steps": cfg.max_steps}
 
 
 def taught(cfg: Config, run: Run) -> tuple[nn.Module, Any]:

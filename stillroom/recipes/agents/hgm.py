@@ -14,24 +14,34 @@ and the code that does both; it runs in a sandbox and is judged on nouns that th
 One seed is a block of `repeats` searches: seed s holds the worlds s * repeats, s * repeats + 1, …  Arms are paired inside each: they
 meet the same worlds, and attempt k on the same agent gives the same child under every policy.
 
-Exact: the three policies, the widening rule and the cool-down; the conventions on N and |T| are in `stillroom.search.archive`.
-Interpretation, unconfirmed: the percentile. Shrunk: the agents (the paper's are coding agents on top of language models).
+Exact: the three policies, the widening rule, the cool-down, and the released code's conventions on N and |T| (stated in
+`stillroom.search.archive`); clade counts are sums made anew, where the released code extends a list in place and counts descendants
+again at every call. Correlations are the paper's leak-free ones, plain and weighted.
+Shrunk: the agents (the paper's are coding agents on top of language models), and the budget, 600 evaluations for 800.
+Ours: the percentile of the returned agent read as 1 %, DGM's stage thresholds, and what the weighted correlation weighs by (the
+evaluations that a prediction rests on), all three unconfirmed; both problems and their sizes.
+Left out: asynchronous search (`stillroom search` has it), and the cap on an agent's own evaluations, which the released code sets to none.
 `stillroom search` applies the same search to the configs of a recipe.
 """
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from stillroom.catalogue.claims import Claim
 from stillroom.core.config import Count, Natural, Positive
+from stillroom.core.errors import UserError
 from stillroom.core.run import Run
 from stillroom.data.plurals import plurals
+from stillroom.lm import sandbox as isolation
 from stillroom.search import POLICIES, Archive, Found, Log, Policy, Sandbox, SandboxError, hgm, run_function, search
 from stillroom.search.picture import patch, tree
 
@@ -66,6 +76,8 @@ def full() -> Config:
     return Config(budget=800)
 
 
+TINY = {"repeats": 2, "budget": 30, "tasks": 12}
+
 ARMS: dict[str, dict[str, Any]] = {
     "hgm": {},
     "own-score": {"policy": "own-score"},
@@ -76,6 +88,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "program: own-score": {"problem": "program", "repeats": 4, "budget": 300, "policy": "own-score"},
     "program: greedy": {"problem": "program", "repeats": 4, "budget": 300, "policy": "greedy"},
 }
+_UNCOOLED = "hgm without cool-down"
 _PAPER = "SWE-Verified-60: HGM 56.7 %, DGM 53.3 %, SICA 50.0 % solved after 800 evaluations"
 CLAIMS = [
     Claim("where skill and potential part, the clade is the better guide", metric="mismatch", arm="hgm", versus="own-score"),
@@ -86,18 +99,42 @@ CLAIMS = [
     Claim("the advantage comes from the mismatch", metric="mismatch_minus_aligned", arm="hgm", versus="own-score"),
     Claim("better than DGM at the same budget", metric="mismatch", arm="hgm", versus="dgm", paper=_PAPER),
     Claim("better than greedy (SICA) at the same budget", metric="mismatch", arm="hgm", versus="greedy", paper=_PAPER),
+    *[Claim(f"the cool-down pays: {name}", metric=name, arm="hgm", versus=_UNCOOLED) for name in CONDITIONS],
     Claim(
         "the clade foretells the best descendant better than the own score, without leaks", metric="correlation_gain", arm="hgm",
-        versus=0.0, paper="weighted correlation on SWE-Verified-60: HGM's estimate 0.778, SICA 0.444, DGM 0.285",
+        versus=0.0, paper="SWE-Verified-60, unweighted: HGM's estimate 0.512, SICA 0.444, DGM 0.406",
+    ),
+    Claim(
+        "the same, weighted by evaluations", metric="weighted_correlation_gain", arm="hgm", versus=0.0,
+        paper="SWE-Verified-60, weighted: HGM's estimate 0.778, SICA 0.444, DGM 0.285",
     ),
     Claim("programs that rewrite themselves: better than greedy", metric="unseen", arm="program: hgm", versus="program: greedy"),
     Claim("the same: better than by own score", metric="unseen", arm="program: hgm", versus="program: own-score"),
 ]  # fmt: skip
 
 
-def main(cfg: Config, run: Run, *, sandbox: Sandbox = run_function) -> dict[str, float]:
-    """Run `repeats` searches. `sandbox` runs a function of a program's text (see `stillroom.search.sandbox`)."""
-    return simulate(cfg, run) if cfg.problem == "simulator" else rewrite_programs(cfg, run, sandbox)
+def main(cfg: Config, run: Run, *, sandbox: Sandbox | None = None) -> dict[str, float]:
+    """Run `repeats` searches. `sandbox` runs a function of a program's text (default: `strictest`).
+
+    UserError for flags of hgm and own-score beside another policy, and for so many tasks that no noun is left unseen.
+    """
+    refuse_idle(cfg)
+    if cfg.problem == "simulator":
+        return simulate(cfg, run)
+    with strictest() if sandbox is None else nullcontext(sandbox) as runs:
+        return rewrite_programs(cfg, run, runs)
+
+
+def refuse_idle(cfg: Config) -> None:
+    """UserError for a flag that would change nothing."""
+    usual = Config()
+    for name in ("widening", "initial", "cooldown"):
+        if cfg.policy not in ("hgm", "own-score") and getattr(cfg, name) != getattr(usual, name):
+            raise UserError(
+                f"--{name} {getattr(cfg, name)} changes nothing under --policy {cfg.policy}: it is for hgm and own-score.", code=2
+            )
+    if cfg.problem == "program" and cfg.tasks >= len(plurals()):
+        raise UserError(f"--tasks {cfg.tasks} leaves no noun unseen: --problem program has {len(plurals())}, so give fewer.", code=2)
 
 
 def policy_of(cfg: Config) -> Policy:
@@ -139,17 +176,21 @@ class World:
         return Simulated(skill, gift, rng.random(len(self.difficulty)) < self.chances(skill))
 
     def modify(self, agent: Simulated, log: Log | None, seed: int) -> Simulated:
-        """s' = s + m + 0.35 e1 and m' = m + spread e2 with corr(e1, e2) = correlation."""
         rng = np.random.default_rng(seed)
-        first, other = rng.standard_normal(2)
-        second = self.correlation * first + np.sqrt(1 - self.correlation**2) * other
-        return self.born(agent.skill + agent.gift + 0.35 * first, agent.gift + self.spread * second, rng)
+        return self.born(*offspring(agent.skill, agent.gift, rng.standard_normal(2), self.correlation, self.spread), rng)
+
+
+def offspring(s: float, m: float, eps: np.ndarray, correlation: float, spread: float) -> tuple[float, float]:
+    """(s', m'): s' = s + m + 0.35 e1 and m' = m + spread e2 with corr(e1, e2) = correlation, from two independent normal draws `eps`."""
+    first, other = eps
+    second = correlation * first + np.sqrt(1 - correlation**2) * other
+    return s + m + 0.35 * first, m + spread * second
 
 
 def simulate(cfg: Config, run: Run) -> dict[str, float]:
     """True utility of the agent handed out, per condition, and how well clades and own scores foretell the best descendant."""
     utility = torch.zeros(len(CONDITIONS), cfg.repeats, dtype=torch.float64)
-    moments = torch.zeros(4, 6, dtype=torch.float64)
+    moments = torch.zeros(len(PREDICTORS), 6, dtype=torch.float64)
     agents = torch.zeros((), dtype=torch.float64)
     run.track(utility=utility, moments=moments, agents=agents)
     for repeat in run.steps(cfg.repeats):
@@ -159,12 +200,14 @@ def simulate(cfg: Config, run: Run) -> dict[str, float]:
             utility[row, repeat] = world.chances(found.artefact.skill).mean()
             if condition == "mismatch":
                 agents += len(found.archive.agents)
-                moments += torch.tensor(np.stack([moments_of(*pairs) for pairs in predictions(found.archive, world)]))
+                pairs = predictions(found.archive, world)
+                moments += torch.tensor(np.stack([moments_of(*pairs[name]) for name in PREDICTORS]))
         run.log(**{condition: float(utility[row, : repeat + 1].mean()) for row, condition in enumerate(CONDITIONS)})
     metrics = {condition: float(utility[row].mean()) for row, condition in enumerate(CONDITIONS)}
     metrics["mismatch_minus_aligned"] = metrics["mismatch"] - metrics["aligned"]
-    own, clade, metrics["leaky_own_correlation"], metrics["leaky_clade_correlation"] = (correlation(m) for m in moments.numpy())
-    metrics |= {"own_correlation": own, "clade_correlation": clade, "correlation_gain": clade - own}
+    metrics |= {f"{name}_correlation": correlation(m) for name, m in zip(PREDICTORS, moments.numpy(), strict=True)}
+    for kind in ("", "weighted_"):
+        metrics[f"{kind}correlation_gain"] = metrics[f"{kind}clade_correlation"] - metrics[f"{kind}own_correlation"]
     metrics["agents"] = float(agents) / cfg.repeats
     run.row("student", **{name: metrics[name] for name in (*CONDITIONS, "own_correlation", "clade_correlation", "agents")})
     if run.plots:
@@ -185,12 +228,24 @@ def describe(world: World, agent: Simulated) -> str:
     return f"skill {agent.skill:+.2f}, gift {agent.gift:+.2f}\ntrue utility {world.chances(agent.skill).mean():.3f}"
 
 
-def predictions(archive: Archive, world: World) -> list[tuple[list[float], list[float]]]:
-    """(predictor, target) over an archive's parents: own and clade mean without leaks, then both with the leak.
+class Pairs(NamedTuple):
+    """What predicts, what is predicted, and the weight of each pair: one entry per parent."""
+
+    x: list[float]
+    y: list[float]
+    weight: list[float]
+
+
+PREDICTORS = ("own", "clade", "weighted_own", "weighted_clade", "leaky_own", "leaky_clade")
+
+
+def predictions(archive: Archive, world: World) -> dict[str, Pairs]:
+    """By name of `PREDICTORS`, over an archive's parents: the own and the clade's mean as predictors of the best descendant.
 
     Without leaks the target is the best empirical mean among strict descendants, and the clade's counts leave out the agent's own and
-    the whole branch that holds this maximum; parents that keep no evaluation then are left out for both predictors.
-    With the leak the clade's counts are whole, and the target is the best true utility among strict descendants.
+    the whole branch that holds this maximum; parents that keep no evaluation then are left out for both predictors. Weighted: by the
+    evaluations that the prediction rests on. With the leak the clade's counts are whole, and the target is the best true utility
+    among strict descendants.
     """
     passed, failed = archive.counts()
     clade_passed, clade_failed = archive.clade_counts()
@@ -204,24 +259,30 @@ def predictions(archive: Archive, world: World) -> list[tuple[list[float], list[
         mean = max(passed[i] / tried[i] if tried[i] else -1.0, best_mean.get(i, (-1.0, 0))[0])
         best_mean[parent] = max(best_mean.get(parent, (-1.0, 0)), (mean, i))
         best_utility[parent] = max(best_utility.get(parent, -1.0), utility[i], best_utility.get(i, -1.0))
-    own: tuple[list, list] = ([], [])
-    clade: tuple[list, list] = ([], [])
+    own, clade, targets, weights = [], [], [], []
     for i, (target, branch) in best_mean.items():
         left = clade_tried[i] - tried[i] - clade_tried[branch]
         if left and tried[i] and target >= 0:
-            own[0].append(passed[i] / tried[i])
-            clade[0].append((clade_passed[i] - passed[i] - clade_passed[branch]) / left)
-            own[1].append(target)
-            clade[1].append(target)
+            own.append(passed[i] / tried[i])
+            clade.append((clade_passed[i] - passed[i] - clade_passed[branch]) / left)
+            targets.append(target)
+            weights.append((tried[i], left))
     parents = [i for i in best_utility if tried[i]]
-    targets = [best_utility[i] for i in parents]
-    return [own, clade, ([passed[i] / tried[i] for i in parents], targets), ([clade_passed[i] / clade_tried[i] for i in parents], targets)]
+    best, ones = [best_utility[i] for i in parents], [1.0] * len(parents)
+    return {
+        "own": Pairs(own, targets, [1.0] * len(own)),
+        "clade": Pairs(clade, targets, [1.0] * len(own)),
+        "weighted_own": Pairs(own, targets, [weight for weight, _ in weights]),
+        "weighted_clade": Pairs(clade, targets, [weight for _, weight in weights]),
+        "leaky_own": Pairs([passed[i] / tried[i] for i in parents], best, ones),
+        "leaky_clade": Pairs([clade_passed[i] / clade_tried[i] for i in parents], best, ones),
+    }
 
 
-def moments_of(x: list[float], y: list[float]) -> np.ndarray:
-    """n, and the sums of x, y, x^2, y^2 and x y: additive over searches, so that parents of all worlds are pooled."""
-    a, b = np.array(x), np.array(y)
-    return np.array([len(a), a.sum(), b.sum(), (a * a).sum(), (b * b).sum(), (a * b).sum()])
+def moments_of(x: list[float], y: list[float], weight: list[float]) -> np.ndarray:
+    """Weighted sums of 1, x, y, x^2, y^2 and x y: additive over searches, so that parents of all worlds are pooled."""
+    a, b, w = np.array(x), np.array(y), np.array(weight)
+    return np.array([w.sum(), (w * a).sum(), (w * b).sum(), (w * (a * a)).sum(), (w * (b * b)).sum(), (w * (a * b)).sum()])
 
 
 def correlation(moments: np.ndarray) -> float:
@@ -267,6 +328,30 @@ def rewrite(source, failures, seed):
     lines = [f"RULES = {rules!r}\n" if line.startswith("RULES = ") else line for line in lines]
     return "".join(f"HABITS = {habits!r}\n" if line.startswith("HABITS = ") else line for line in lines)
 """
+
+
+@contextmanager
+def strictest() -> Iterator[Sandbox]:
+    """The strictest sandbox of this system: namespaces and a system call filter where there are some, else limits on a process."""
+    try:
+        box = isolation.Sandbox(limits=isolation.Limits(output=1_000_000))  # answers are printed
+        box.run("")
+    except UserError:
+        yield run_function
+        return
+    with box:
+        yield partial(isolated, box)
+
+
+def isolated(box: isolation.Sandbox, source: str, name: str, args: list) -> Any:
+    """`name(*args)` of the program `source`, which prints its value as a literal; SandboxError for whatever goes wrong inside."""
+    outcome = box.run(f"{source}\n\nprint(); print(repr({name}(*{args!r})))")
+    if outcome.error:
+        raise SandboxError(outcome.error)
+    try:
+        return ast.literal_eval(outcome.output.splitlines()[-1])
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise SandboxError(f"no usable answer ({type(error).__name__})") from None
 
 
 def rewrite_programs(cfg: Config, run: Run, sandbox: Sandbox) -> dict[str, float]:

@@ -7,9 +7,10 @@
 t_0 is the identity. The target s is detached and comes from the same batch's joint logits; head u sees only the untransformed view.
 One pass without u (single inference, "SI") conditions on the known transformation: it takes the columns of j = 0.
 
-Exact: sample-major views in one forward pass (batch norm sees them together), label order, logits (not probabilities) averaged. The
-heads are rows of one linear layer, which is the same network. The baselines DA and MT see the same views (in the released trainer
-they are declared but missing). Shrunk: network and data. The paper's table is from memory: unconfirmed. Last step, not best.
+Exact: sample-major views in one forward pass (batch norm sees them together), label order, logits (not probabilities) averaged.
+Shrunk: network and data. Ours: the heads are rows of one linear layer, which is the same network; the baselines DA and MT see the same
+views (in the released trainer they are declared but missing); the last step, not the best. Left out: few-shot and imbalanced variants.
+The paper's table is from memory: unconfirmed.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Config(ImageConfig):
     """Images per step, before they are multiplied by the M views."""
     optimizer: Optimizer = Optimizer("sgd", 0.1, weight_decay=5e-4, schedule="step")
     mode: Mode = "sla+sd"
-    """plain; da: views keep the class label; mt: da and a second head for the transformation; sla; sla+sd."""
+    """plain: no views, and none of the flags below; da: views keep the class label; mt: da and a second head for the transformation;
+    sla; sla+sd."""
     transform: Transform = "rotation"
     """The M transformations; rotations need square images, colour permutations three channels."""
     temperature: Positive = 1.0
@@ -107,30 +109,17 @@ CLAIMS = [
 def main(cfg: Config, run: Run, *, data: ImageData | None = None, student: nn.Module | None = None) -> dict[str, float]:
     """Train and evaluate. `data` and `student` (with `heads(cfg, N)[0]` outputs) replace what the config names."""
     data = data.to(run.device) if data else cfg.load(run, labelled=cfg.labelled, transfer=False)
+    refuse_ignored(cfg)
     classes = len(data.classes)
     views, m = transforms(cfg.transform, data.channels) if cfg.mode != "plain" else (lambda x: x, 1)
-    outputs, joint, single, other = heads(cfg.mode, classes, m)
-    student = student or hub.load_classifier(cfg.student, data=dataclasses.replace(data, classes=("",) * outputs), fresh=True)
+    outputs, joint, single, _ = heads(cfg.mode, classes, m)
+    named = dataclasses.replace(data, classes=names(cfg.mode, data.classes, m))
+    student = student or hub.load_classifier(cfg.student, data=named, fresh=True)
     student, optimizer = run.trainable("student", student, cfg.optimizer)
     augment, batches = augmenter(cfg.augment, data.size), Batches(data.train, cfg.batch_size, run.seed)
     for step in run.steps(cfg.steps):
         _, image, label = run.shard(batches(step))
-        logits = student(views(augment(image)))  # rows x_0 t_0, x_0 t_1, …, x_1 t_0, …
-        which = torch.arange(m, device=label.device).repeat(len(label))
-        every = label.repeat_interleave(m)
-        parts = {}
-        if cfg.mode in ("plain", "da", "mt"):
-            parts["ce"] = cross_entropy(logits[:, single], every).mean()
-        if cfg.mode == "mt":
-            parts["transform"] = cross_entropy(logits[:, other], which).mean()
-        if cfg.mode in ("sla", "sla+sd"):
-            parts["joint"] = cross_entropy(logits[:, joint], every * m + which).mean() * (m if cfg.sum_views else 1)
-        if cfg.mode == "sla+sd":
-            target = aggregate(logits[:, joint], m).detach()
-            student_logits = logits[::m, single]
-            parts["kd"] = cfg.kd_weight * kl(target, student_logits, cfg.temperature, times_t2=True).mean()
-            parts["ce"] = cfg.ce_weight * cross_entropy(student_logits, label).mean()
-        run.update(optimizer, **parts)
+        run.update(optimizer, **losses(student(views(augment(image))), label, cfg, classes, m))
 
     net = run.unwrap(student)
     deployed = keep_outputs(net, torch.arange(classes) * m if cfg.mode == "sla" else torch.arange(outputs)[single])
@@ -146,6 +135,25 @@ def main(cfg: Config, run: Run, *, data: ImageData | None = None, student: nn.Mo
     return metrics
 
 
+def losses(logits: Tensor, label: Tensor, cfg: Config, classes: int, m: int) -> dict[str, Tensor]:
+    """The terms of the mode for logits (B M, outputs) of sample-major views x_0 t_0, x_0 t_1, …, x_1 t_0, … and labels (B,). Scalars.
+
+    ce: all views under the class label, or (sla+sd) head u on the untransformed view; transform: which view it is; joint: L_SLA; kd: head
+    u learns the views' detached average.
+    """
+    _, joint, single, other = heads(cfg.mode, classes, m)
+    every, which = label.repeat_interleave(m), torch.arange(m, device=label.device).repeat(len(label))
+    if cfg.mode in ("plain", "da", "mt"):
+        ce = cross_entropy(logits[:, single], every).mean()
+        return {"ce": ce, "transform": cross_entropy(logits[:, other], which).mean()} if cfg.mode == "mt" else {"ce": ce}
+    parts = {"joint": cross_entropy(logits[:, joint], every * m + which).mean() * (m if cfg.sum_views else 1)}
+    if cfg.mode == "sla+sd":
+        target, student_logits = aggregate(logits[:, joint], m).detach(), logits[::m, single]
+        parts["kd"] = cfg.kd_weight * kl(target, student_logits, cfg.temperature, times_t2=True).mean()
+        parts["ce"] = cfg.ce_weight * cross_entropy(student_logits, label).mean()
+    return parts
+
+
 def heads(mode: Mode, classes: int, m: int) -> tuple[int, slice, slice, slice]:
     """Outputs of the one linear layer, and the columns of the joint head, the single head u and the transformation head."""
     joint = classes * m if mode in ("sla", "sla+sd") else 0
@@ -154,9 +162,24 @@ def heads(mode: Mode, classes: int, m: int) -> tuple[int, slice, slice, slice]:
     return outputs, slice(0, joint), slice(joint, single), slice(single, outputs)
 
 
+def names(mode: Mode, classes: tuple[str, ...], m: int) -> tuple[str, ...]:
+    """A name for every output of `heads`; those that are deployed bear the names of the classes themselves."""
+    joint = [name if mode == "sla" and not j else f"{name}, view {j}" for name in classes for j in range(m)] if "sla" in mode else []
+    return (*joint, *(() if mode == "sla" else classes), *(f"view {j}" for j in range(m if mode == "mt" else 0)))
+
+
 def aggregate(joint: Tensor, m: int) -> Tensor:
     """(B M, N M) joint logits, sample-major -> (B, N): column block j of view j, averaged over j as logits."""
     return torch.stack([joint[j::m, j::m] for j in range(m)]).mean(0)
+
+
+def refuse_ignored(cfg: Config) -> None:
+    """UserError for a flag that another mode than plain would ignore."""
+    distils = ("temperature", "kd_weight", "ce_weight")
+    ignored = {"da": (*distils, "sum_views"), "mt": (*distils, "sum_views"), "sla": distils}.get(cfg.mode, ())
+    for name in ignored:
+        if getattr(cfg, name) != getattr(Config(), name):
+            raise UserError(f"--{name.replace('_', '-')} changes nothing in --mode {cfg.mode}: leave it out.", code=2)
 
 
 def transforms(name: Transform, channels: int) -> tuple[Callable[[Tensor], Tensor], int]:

@@ -32,15 +32,15 @@ from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
-from stillroom.data.images import ImageData, Split
-from stillroom.data.load import load_images
+from stillroom.data.images import ImageData, Split, hold_out
+from stillroom.data.load import ImageConfig
 from stillroom.losses.divergences import mse_probs
 from stillroom.metrics.classification import ClassificationMetrics, evaluate
 from stillroom.vision import hub, present, saving
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """The kernel case on ten draws of a noisy sine: the paper's toy with more data sets."""
 
     part: Literal["kernel", "deep"] = "kernel"
@@ -63,8 +63,6 @@ class Config:
     """kernel: k(x, x') = exp(-gamma (x - x')^2) (code)."""
     ridge: Positive = 0.2
     """kernel: lambda, added once to K, without a factor n (code)."""
-    data: str = "digits"
-    """deep: digits, shapes, a folder of image folders or parquet files, or hub:ID."""
     labelled: Natural = 450
     """deep: training and validation images together. 0: all."""
     validation: Share = 0.45
@@ -102,7 +100,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "labels 0.35": {"rule": "fixed"},
     "optimal": {"steps": 5},
     "deep, one fit": {"part": "deep", "generations": 1},
-    "deep, labels 0.6": {"part": "deep", "rule": "fixed", "label_weight": 0.6},
+    "deep, no labels": {"part": "deep", "rule": "fixed", "label_weight": 0.0},
+    "deep, labels 0.3": {"part": "deep", "rule": "fixed", "label_weight": 0.3},
+    "deep, labels alone": {"part": "deep", "rule": "fixed", "label_weight": 1.0},
     "deep, optimal": {"part": "deep"},
 }
 CLAIMS = [
@@ -114,9 +114,10 @@ CLAIMS = [
     Claim("without ground truth 20 steps collapse, below a single fit", metric="mse", arm="one fit", versus="no labels", better="lower"),
     Claim("the limit is one ridge fit with lambda / a", metric="limit_gap", arm="labels 0.35", versus=1e-8, better="lower"),
     Claim("the closed form finds the best weight of a grid of 1001", metric="grid_regret", arm="optimal", versus=1e-8, better="lower"),
+    Claim("deep: generations beat mere retraining", metric="accuracy", arm="deep, optimal", versus="deep, labels alone"),
     Claim(
-        "deep: the estimated weight is no worse than a fixed one", metric="accuracy", arm="deep, optimal", versus="deep, labels 0.6",
-        margin=-0.01,
+        "deep: with some ground truth they are no worse than without by more than a point", metric="accuracy", arm="deep, labels 0.3",
+        versus="deep, no labels", margin=-0.01,
     ),
     Claim("deep: generations beat a single fit", metric="accuracy", arm="deep, optimal", versus="deep, one fit"),
 ]  # fmt: skip
@@ -242,12 +243,9 @@ def draw_fits(axes: Any, cfg: Config, seed: int) -> None:
 
 # -- the deep part -----------------------------------------------------------------------------------------------------------------
 def deep(cfg: Config, run: Run, data: ImageData | None) -> dict[str, float]:
-    data = data or load_images(
-        cfg.data, seed=run.seed, labelled=cfg.labelled or None, transfer=False, noise=cfg.label_noise, cache=run.cached
-    )  # fmt: skip
-    data = data.to(run.device)
-    cut = round(cfg.validation * len(data.train))
-    held_out, train = (data.train.subset(rows) for rows in torch.arange(len(data.train)).tensor_split([cut]))
+    data = data.to(run.device) if data else cfg.load(run, labelled=cfg.labelled, transfer=False, noise=cfg.label_noise)
+    data, held_out = hold_out(data, round(cfg.validation * len(data.train)), run.seed)
+    train = data.train
     truth = one_hot(held_out.labels, len(data.classes)).double()
     probs = lambda net: evaluate(net, held_out)[0].double().softmax(-1)
 
@@ -277,17 +275,24 @@ def fit_net(cfg: Config, stage: Run, data: ImageData, train: Split, teacher: Any
     for step in stage.steps(cfg.fit_steps):
         _, image, label = stage.shard(batches(step))
         image = augment(image)
-        target = one_hot(label, classes).float()
-        logits = net(image)
-        parts = {"labels": label_weight / classes * mse_probs(logits, target)}
+        answer = None
         if teacher is not None:
             with torch.no_grad():
                 answer = teacher(image).softmax(-1)
-            parts["teacher"] = (1 - label_weight) / classes * mse_probs(logits, answer)
+        parts = guided(net(image), one_hot(label, classes).float(), answer, label_weight)
         if cfg.norm_weight:
             parts["norm"] = cfg.norm_weight * sum(torch._foreach_norm(list(net.parameters())), torch.zeros((), device=stage.device))
         stage.update(optimizer, **parts)
     return net
+
+
+def guided(logits: Tensor, labels: Tensor, teacher: Tensor | None, label_weight: float) -> dict[str, Tensor]:
+    """label_weight MSE(p, labels) and (1 - label_weight) MSE(p, teacher), means over classes, per image: all (B, C) -> (B,)."""
+    classes = labels.shape[-1]
+    parts = {"labels": label_weight / classes * mse_probs(logits, labels)}
+    if teacher is not None:
+        parts["teacher"] = (1 - label_weight) / classes * mse_probs(logits, teacher)
+    return parts
 
 
 def draw_weights(axes: Any, weights: Sequence[float]) -> None:

@@ -9,12 +9,14 @@ for the inner run at different ages. Gradients reach X (through both kernels) an
 then takes one step on them, or starts anew at the end of its lifetime.
 
 Exact: the kernels with their bias column, the ridge relative to the trace and constant to the gradient, eval mode in the outer
-and train mode in the pool's steps, means over batch and feature dimensions, ages that restart at 0 (the published code forgets to
-reset them, so that its pool drifts towards untrained networks), pre-training and fine-tuning as published. X lives in the space of
-normalised pixels like the real images (the published code starts it from pixels that are not normalised).
+and train mode in the pool's steps, means over batch and feature dimensions, pre-training and fine-tuning as published.
 Shrunk: networks, data, steps; the unlabelled source is part of the classes of a labelled set and the target task the others, with
-few labels. The teacher's features are standardised here, so that 1 is the error of predicting their mean. The probe is the optimum
-that the paper's SGD steers to. Unconfirmed in our sheet: the settings of the Barlow Twins teacher, and the paper's accuracies.
+few labels. The probe is the optimum that the paper's SGD steers to.
+Ours: ages restart at 0 (the published code forgets to reset them, so that its pool drifts towards untrained networks); X lives in the
+space of normalised pixels like the real images (the published code starts it from pixels that are not normalised); the teacher's
+features are standardised, so that 1 is the error of predicting their mean; the random inner problem is one with pixel noise on X.
+Unconfirmed in our sheet: the settings of the Barlow Twins teacher, and the paper's accuracies.
+Left out: labels in place of features (FRePo; another method), and the set as transfer set for data-free distillation.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
@@ -33,21 +34,22 @@ from torch.nn import functional as F
 
 from stillroom.adapt.pool import Pool
 from stillroom.adapt.ridge import ridge_head
+from stillroom.catalogue.cards import refuse_idle
 from stillroom.catalogue.claims import Claim
-from stillroom.core.config import Count, Natural, NonNegative, Positive
+from stillroom.core.config import Count, Natural, NonNegative, Positive, override
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.data.augment import Augmentation, augmenter
 from stillroom.data.batches import Batches
+from stillroom.data.clusters import k_means, nearest
 from stillroom.data.images import ImageData, MemorySplit, Split, balanced_rows, of_classes
 from stillroom.data.load import ImageConfig
-from stillroom.losses.divergences import cross_entropy
 from stillroom.metrics.classification import ClassificationMetrics, evaluate
 from stillroom.metrics.probe import linear_probe
 from stillroom.nets import wrapped
-from stillroom.nets.build import build
-from stillroom.vision import hub, saving
+from stillroom.nets.build import build, with_head
+from stillroom.vision import hub, saving, trained, twins
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,8 @@ class Config(ImageConfig):
     """Augmentation of the outer steps' real images, which the teacher and the network see alike."""
     teacher: str = "small:convnet-avg-32x64x32"
     """small:NAME is trained by Barlow Twins on the source; hf:ID-or-folder or run:FOLDER is taken as it is."""
-    teacher_steps: Count = 300
-    teacher_batch: Count = 128
-    teacher_optimizer: Optimizer = Optimizer("adamw", 2e-3, weight_decay=1e-4, schedule="cosine")
-    teacher_augment: Augmentation = "shift"
-    """Augmentation of each of the teacher's two views, before noise and scaling."""
-    redundancy_weight: NonNegative = 5e-3
-    """Weight of the off-diagonal terms in the teacher's Barlow Twins loss."""
-    noise: NonNegative = 0.3
-    """Deviation of the pixel noise in the teacher's two views, in deviations of the data; half as much scales each image."""
+    barlow_twins: twins.BarlowTwins = twins.BarlowTwins()
+    """Training of a small: teacher."""
     images: Count = 20
     """Size m of the distilled set."""
     init: Literal["random", "k-means"] = "random"
@@ -98,7 +93,7 @@ class Config(ImageConfig):
     inner: Optimizer = Optimizer("sgd", 0.1, weight_decay=1e-3)
     """Of the pool's networks and of pre-training."""
     inner_noise: NonNegative = 0.0
-    """Ablation: a random inner problem, with pixel noise of this deviation on X wherever a network is fitted to it."""
+    """Ablation: a random inner problem, with pixel noise of this deviation on X in the pool's steps and the outer step's kernels."""
     pretrain_steps: Natural = 300
     pretrain_batch: Count = 256
     repeats: Count = 3
@@ -116,14 +111,14 @@ def full() -> Config:
     `target`. Teacher: a ResNet-18 there, its pre-activation form here; 1000 epochs of pre-training are 4000 steps. The other
     architectures there are VGG11, AlexNet, MobileNet and ResNet10."""
     return Config(
-        data="hub:uoft-cs/cifar100", target="hub:uoft-cs/cifar10", shots=0, augment="crop-flip", teacher_augment="crop-flip",
-        teacher="small:preact-resnet18", teacher_steps=200_000, teacher_batch=256, images=1000, steps=160_000, batch_size=1024,
+        data="hub:uoft-cs/cifar100", target="hub:uoft-cs/cifar10", shots=0, augment="crop-flip", teacher="small:preact-resnet18",
+        barlow_twins=twins.BarlowTwins(steps=200_000, batch_size=256, augment="crop-flip"), images=1000, steps=160_000, batch_size=1024,
         optimizer=Optimizer("adamw", 1e-4, schedule="linear"), net="small:convnet-avg-128x256x512", pool=10, lifetime=1000,
         pretrain_steps=4000, others=("small:resnet20", "small:mlp-512x512"), finetune_steps=10_000, finetune_augment="crop-flip",
     )  # fmt: skip
 
 
-TINY = {"teacher_steps": 4, "steps": 4, "pretrain_steps": 4, "finetune_steps": 4, "repeats": 1}
+TINY = {"barlow_twins.steps": 4, "pool": 2, "lifetime": 4, "steps": 4, "pretrain_steps": 4, "finetune_steps": 4, "repeats": 1}
 FSDP2 = "mse"
 ARMS: dict[str, dict[str, Any]] = {
     "no pre-training": {"steps": 0, "pretrain_steps": 0},
@@ -135,13 +130,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "random inner problem": {"inner_noise": 0.5},
 }
 _PAPER = "CIFAR-100 to CUB 18.5 -> 25.3 %, to Flowers 58.8 -> 67.9 % against no pre-training (unconfirmed)"
+_NETWORKS = {"mse": "", "mse small:mlp-64x64": ", also by an MLP", "mse small:convnet-w16": ", also by another convolutional network"}
+_VERSUS = {
+    "random images": "pre-training on the set brings a network nearer to the teacher on unseen images than random images do",
+    "k-means images": "nearer than real images at the k-means centres do",
+    "targets learned": "images and targets learned together beat targets alone",
+    "images learned": "and images alone",
+    "random inner problem": "an inner problem without randomness beats a random one",
+}
 CLAIMS = [
-    Claim("a network pre-trained on the set is nearer to the teacher on unseen images", "mse", "krr-st", "random images", "lower"),
-    Claim("nearer than with real images at the k-means centres", "mse", "krr-st", "k-means images", "lower"),
-    Claim("the set serves an MLP that it was not made with", "mse small:mlp-64x64", "krr-st", "random images", "lower"),
-    Claim("and another convolutional network", "mse small:convnet-w16", "krr-st", "random images", "lower"),
-    Claim("images and targets learned together beat targets alone", "mse", "krr-st", "targets learned", "lower"),
-    Claim("an inner problem without randomness beats a random one", "mse", "krr-st", "random inner problem", "lower"),
+    *(Claim(f"{text}{by}", metric, "krr-st", versus, "lower") for versus, text in _VERSUS.items() for metric, by in _NETWORKS.items()),
     Claim("frozen features transfer better than those of real images", "probe", "krr-st", "random images"),
     Claim("and than those of an untrained network", "probe", "krr-st", "no pre-training", paper=_PAPER),
     Claim("fine-tuned on the target task, the network gains over no pre-training", "finetune", "krr-st", "no pre-training", paper=_PAPER),
@@ -156,26 +154,23 @@ def main(
     `data` (its source classes are used), `target` and `teacher` (images to features) replace what the config names.
     """
     source, task = splits(cfg, run, data, target)
-    encoder = (teacher or find_teacher(cfg, run, source)).to(run.device)
-    teacher = run.frozen(Teacher(encoder, source.train))
-    width = teacher(source.train.take(torch.arange(2)).images).shape[1]
-    fresh = partial(fresh_net, source, outputs=width)
+    g = run.frozen(Teacher(find_teacher(cfg, run, source, teacher).to(run.device), source.train))
+    known = evaluate(g, source.test)[0]
+    fresh = partial(fresh_net, source, outputs=known.shape[1])
 
-    pick = torch.randperm(len(source.train))[: cfg.images] if cfg.init == "random" else k_means(teacher, source.train, cfg.images, run.seed)
-    start = source.train.take(pick).images
-    distilled = Distilled(start, teacher(start).detach(), source)
+    start = source.train.take(first_rows(cfg, run, g, source.train)).images
+    distilled = Distilled(start, g(start).detach(), source)
     if cfg.steps:
-        distil(cfg, run, source, teacher, distilled, partial(fresh, cfg.net))
+        distil(cfg, run, source, g, distilled, partial(fresh, cfg.net))
 
     images, targets = distilled.pixels.detach(), distilled.targets.detach()
-    answers = evaluate(teacher, source.test)[0]
     metrics: dict[str, list[float]] = {}
     student: Any = None
     for name, repeats in ((cfg.net, cfg.repeats), *((other, 1) for other in cfg.others)):
         for i in range(repeats):
             with run.stage(f"pretrain-{name.partition(':')[2]}-{i}") as stage:
                 net = pretrain(cfg, stage, fresh(name), images, targets)
-            error = float(F.mse_loss(evaluate(net, source.test)[0], answers))
+            error = float(F.mse_loss(evaluate(net, source.test)[0].float(), known.float()))
             metrics.setdefault("mse" if name == cfg.net else f"mse {name}", []).append(error)
             if name == cfg.net:
                 student = net
@@ -184,7 +179,7 @@ def main(
                     metrics.setdefault("finetune", []).append(finetune(cfg, stage, net, task))
     means = {name: sum(values) / len(values) for name, values in metrics.items()}
 
-    run.row("teacher", mse=0.0, probe=probe(task, teacher))
+    run.row("teacher", mse=0.0, probe=probe(task, g))
     run.row("student", **means)
     run.image("distilled images", images[:64])
     run.image("the real images that they start from", start[:64])
@@ -192,11 +187,25 @@ def main(
     return means
 
 
+# -- equations ---------------------------------------------------------------------------------------------------------------------
+def outer_loss(synthetic: Tensor, targets: Tensor, real: Tensor, known: Tensor, ridge: float) -> Tensor:
+    """(b,) mean over dimensions of | K_ts (K_ss + lambda I)^-1 Y - g(x) |^2, the ridge head fitted to features `synthetic` (m, h) of X and
+    `targets` Y (m, d), at features `real` (b, h) whose teacher says `known` (b, d). lambda is `ridge` of the trace of K_ss."""
+    return (ridge_head(synthetic, real, targets, ridge) - known).square().mean(1)
+
+
+def inner_loss(predicted: Tensor, targets: Tensor) -> Tensor:
+    """(m,) mean over dimensions of | f_theta(X) - Y |^2, on which networks are pre-trained."""
+    return (predicted - targets).square().mean(1)
+
+
 # -- data and teacher --------------------------------------------------------------------------------------------------------------
 def splits(cfg: Config, run: Run, data: ImageData | None, target: ImageData | None) -> tuple[ImageData, ImageData]:
     """The source without training labels, and the target task with its classes counted from 0. UserError when they do not fit."""
     data = data.to(run.device) if data else cfg.load(run)
     target = target or (cfg.load(run, cfg.target) if cfg.target else None)
+    if target:
+        refuse_idle(cfg, _presets(), "beside a target task of its own, where the source has all classes", "held_out")
     first = len(data.classes) - (0 if target else cfg.held_out)
     if first < 1:
         raise UserError(f"--held-out {cfg.held_out} leaves no source class: {data.name} has {len(data.classes)} classes.", code=2)
@@ -208,6 +217,8 @@ def splits(cfg: Config, run: Run, data: ImageData | None, target: ImageData | No
     train, test = (of_classes(split, 0, first) for split in (data.train, data.test))
     if cfg.images > len(train):
         raise UserError(f"--images {cfg.images} is more than the {len(train)} images of the source.", code=2)
+    if len({cfg.net, *cfg.others}) <= len(cfg.others):
+        raise UserError(f"--others {' '.join(cfg.others)}: a network is named twice, or is --net itself.", code=2)
     unlabelled = train.subset(torch.arange(len(train)), torch.full_like(train.labels, -1))
     source = ImageData.of(data.name, unlabelled, test, data.classes[:first])
     low, target = (0, target.to(run.device)) if target else (first, data)
@@ -231,62 +242,16 @@ class Teacher(nn.Module):
         return (self.encoder(images) - self.mean) / self.std
 
 
-def find_teacher(cfg: Config, run: Run, source: ImageData) -> nn.Module:
+def find_teacher(cfg: Config, run: Run, source: ImageData, given: nn.Module | None = None) -> nn.Module:
     """A pretrained encoder as it is, or a small one trained on the source, once for all runs that want the same."""
-    if not cfg.teacher.startswith("small:"):
-        return hub.load_encoder(cfg.teacher, data=source)
-    settings = {name: value for name, value in vars(cfg).items() if name.startswith(("teacher", "redundancy", "noise"))}
-    inputs = (train_teacher, settings, source.train)
-    with run.stage("teacher", shared=inputs) as stage:
-        return train_teacher(cfg, stage, source)
+    if given is not None or not cfg.teacher.startswith("small:"):
+        refuse_idle(cfg, _presets(), "on a teacher that is taken as it is", "barlow_twins")
+        return given if given is not None else hub.load_encoder(cfg.teacher, data=source)
+    return cfg.barlow_twins.encoder(run, cfg.teacher.removeprefix("small:"), source)
 
 
-class Twin(nn.Module):
-    """A network's features and the projection that the Barlow Twins loss looks at."""
-
-    def __init__(self, net: Any):
-        super().__init__()
-        self.encoder = wrapped.Encoder(net)
-        width = net.head.in_features
-        self.projector = nn.Sequential(
-            nn.Linear(width, 2 * width, bias=False), nn.BatchNorm1d(2 * width), nn.ReLU(), nn.Linear(2 * width, 2 * width)
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.encoder(images))
-
-
-def train_teacher(cfg: Config, stage: Run, source: ImageData) -> nn.Module:
-    twin, optimizer = stage.trainable("teacher", Twin(fresh_net(source, cfg.teacher, 2)), cfg.teacher_optimizer)
-    augment, batches = augmenter(cfg.teacher_augment, source.size), Batches(source.train, cfg.teacher_batch, stage.seed)
-    std = torch.tensor(source.std, device=stage.device).view(-1, 1, 1)
-
-    def view(images: Tensor) -> Tensor:
-        scale = 1 + cfg.noise / 2 * torch.randn(len(images), 1, 1, 1, device=images.device)
-        return augment(images) * scale + cfg.noise * std * torch.randn_like(images)
-
-    for step in stage.steps(cfg.teacher_steps):
-        images = stage.shard(batches(step)).images
-        one, two = twin(torch.cat([view(images), view(images)])).chunk(2)
-        stage.update(optimizer, barlow_twins(one, two, cfg.redundancy_weight))
-    return stage.unwrap(twin).encoder
-
-
-def barlow_twins(one: Tensor, two: Tensor, redundancy_weight: float) -> Tensor:
-    """sum_i (1 - C_ii)^2 + weight sum_i!=j C_ij^2 of the views' cross-correlation C over the batch (Zbontar et al. 2021): a scalar."""
-    one, two = ((x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-6) for x in (one, two))
-    correlation = one.T @ two / len(one)
-    diagonal = correlation.diagonal()
-    return (1 - diagonal).square().sum() + redundancy_weight * (correlation.square().sum() - diagonal.square().sum())
-
-
-def k_means(teacher: nn.Module, source: Split, count: int, seed: int) -> Tensor:
-    """(count,) positions of the images whose teacher features are nearest to the k-means centres."""
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import pairwise_distances_argmin
-
-    features = evaluate(teacher, source)[0].cpu().numpy()
-    return torch.from_numpy(pairwise_distances_argmin(KMeans(count, random_state=seed, n_init=1).fit(features).cluster_centers_, features))
+def _presets() -> tuple[Config, ...]:
+    return Config(), full(), override(Config(), TINY)
 
 
 # -- the distilled set -------------------------------------------------------------------------------------------------------------
@@ -295,6 +260,14 @@ def fresh_net(source: ImageData, name: str, outputs: int) -> Any:
     if kind != "small":
         raise UserError(f"{name!r}: the networks of krr-st are trained from the start, so they are small:NAME.", code=2)
     return build(net, classes=outputs, channels=source.channels, size=source.size, mean=source.mean, std=source.std)
+
+
+def first_rows(cfg: Config, run: Run, teacher: nn.Module, source: Split) -> Tensor:
+    """(m,) positions of the real images that the set starts from."""
+    if cfg.init == "random":
+        return torch.randperm(len(source))[: cfg.images]
+    features = evaluate(teacher, source)[0]
+    return nearest(features, k_means(features, cfg.images, run.seed)[0])
 
 
 class Distilled:
@@ -316,52 +289,54 @@ def distil(cfg: Config, run: Run, source: ImageData, teacher: nn.Module, distill
     _, optimizer = run.trainable("distilled", learned, cfg.optimizer)
     pool = Pool(fresh, cfg.inner, cfg.pool, cfg.lifetime, run.seed, run.device)
     run.track(pool=pool)
-    blurred = lambda pixels: pixels + cfg.inner_noise * distilled.std * torch.randn_like(pixels) if cfg.inner_noise else pixels
 
-    goals = np.random.default_rng([run.seed, 1]).integers(1, cfg.lifetime, cfg.pool)
-    for age in run.steps(int(goals.max()), "pool"):
+    def seen() -> Tensor:
+        """X as the inner problem sees it: in the ablation with noise, one draw for all processes and chunks, which hold the same pool."""
+        if not cfg.inner_noise:
+            return distilled.pixels
+        eps = torch.randn(distilled.images.shape, generator=run.common).to(run.device)
+        return distilled.pixels + cfg.inner_noise * distilled.std * eps
+
+    goals = torch.randint(1, cfg.lifetime, (cfg.pool,), generator=run.common).tolist()
+    for age in run.steps(max(goals), "pool"):
         for slot in range(cfg.pool):
             if run.last_chunk and age < goals[slot]:
-                pool.advance(slot, blurred(distilled.pixels.detach()), distilled.targets.detach())
+                pool.advance(slot, seen().detach(), distilled.targets.detach())
 
     augment, batches = augmenter(cfg.augment, source.size), Batches(source.train, cfg.batch_size, run.seed)
     for step in run.steps(cfg.steps):
-        slot = int(np.random.default_rng([run.seed, 2, step]).integers(cfg.pool))
+        slot = int(torch.randint(cfg.pool, (), generator=run.common))
         net = pool.frozen(slot)
         with torch.no_grad():
             real = augment(run.shard(batches(step)).images)
-            answers, features = teacher(real), net.features(real)
-        predicted = ridge_head(net.features(blurred(distilled.pixels)), features, distilled.targets, cfg.ridge)
-        run.update(optimizer, outer=(predicted - answers).square().mean(1))
+            known, features = teacher(real), net.features(real)
+        run.update(optimizer, outer=outer_loss(net.features(seen()), distilled.targets, features, known, cfg.ridge))
         if run.last_chunk:
-            pool.advance(slot, blurred(distilled.pixels.detach()), distilled.targets.detach())
+            pool.advance(slot, seen().detach(), distilled.targets.detach())
         run.log(age=pool.ages[slot])
 
 
 # -- its use -----------------------------------------------------------------------------------------------------------------------
+def as_split(images: Tensor) -> MemorySplit:
+    """Distilled images (m, C, H, W) as a split, without labels, on their device."""
+    return MemorySplit(images, torch.full((len(images),), -1, device=images.device))
+
+
 def pretrain(cfg: Config, stage: Run, net: Any, images: Tensor, targets: Tensor) -> Any:
     """A fresh network trained on the set alone: no augmentation, constant rate."""
     net, optimizer = stage.trainable("net", net, cfg.inner)
-    batches = Batches(MemorySplit(images, torch.zeros(len(images))), cfg.pretrain_batch, stage.seed)
-    noise = cfg.inner_noise * images.std()
+    batches = Batches(as_split(images), cfg.pretrain_batch, stage.seed)
     for step in stage.steps(cfg.pretrain_steps):
         index, pixels, _ = stage.shard(batches(step))
-        pixels = pixels + noise * torch.randn_like(pixels) if cfg.inner_noise else pixels
-        stage.update(optimizer, mse=(net(pixels) - targets[index]).square().mean(1))
+        stage.update(optimizer, mse=inner_loss(net(pixels), targets[index]))
     return stage.unwrap(net)
 
 
 def finetune(cfg: Config, stage: Run, net: Any, task: ImageData) -> float:
     """Test accuracy after training all weights, under a new head, on the target task."""
-    tuned: Any = build(**{**net.spec, "classes": len(task.classes)})
-    kept = {name: value for name, value in net.state_dict().items() if not name.startswith("head.")}
-    tuned.load_state_dict({**tuned.state_dict(), **kept})
-    tuned, optimizer = stage.trainable("net", tuned, cfg.finetune_optimizer)
-    augment, batches = augmenter(cfg.finetune_augment, net.spec["size"]), Batches(task.train, cfg.finetune_batch, stage.seed)
-    for step in stage.steps(cfg.finetune_steps):
-        _, images, labels = stage.shard(batches(step))
-        stage.update(optimizer, ce=cross_entropy(tuned(augment(images)), labels))
-    return ClassificationMetrics.of(*evaluate(stage.unwrap(tuned), task.test)).accuracy
+    body, look = with_head(net, len(task.classes)), augmenter(cfg.finetune_augment, task.size)
+    tuned = trained.fit(stage, "net", body, task.train, cfg.finetune_steps, cfg.finetune_optimizer, cfg.finetune_batch, look)
+    return ClassificationMetrics.of(*evaluate(tuned, task.test)).accuracy
 
 
 def probe(task: ImageData, encoder: nn.Module) -> float:

@@ -10,36 +10,39 @@ the fake score learns in every iteration by denoising the generator's detached s
 softplus(head(fake)) + softplus(-head(real)) (weight discriminator_weight, for the head and the fake network alike). With several steps the
 generator's input is its own re-noised output of the earlier steps (backward simulation), with gradient in one random step.
 
-A baseline of this library: others build on it. Exact: gradient, normaliser, order (generator first, the fake update reuses its samples),
-weights, stop-gradients. Shrunk: networks, data. The head needs real data, so it is off for diffusers teachers, which bring none.
+A baseline of this library: others build on it.
+Exact: gradient, normaliser, order (generator first, the fake update reuses its samples), weights, stop-gradients; scores without dropout.
+Shrunk: networks, data, and the number of updates.
+Ours: the claim on two time scales compares equal numbers of network updates (200 + 1000 against 600 + 600) at equal rates, without head;
+real data come with conditions of their own, not with the generator's.
+Left out: the ODE-pair regression (the paper drops it too), R1 and other head regularisers.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stillroom.catalogue.claims import Claim
-from stillroom.core.config import Count, Natural, NonNegative, Share
+from stillroom.core.config import Count, NonNegative, Share
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
-from stillroom.diffusion.denoiser import tapped
-from stillroom.diffusion.objectives import squared
-from stillroom.diffusion.sampling import consistency, rollout, sample
-from stillroom.diffusion.settings import Setting, TeacherConfig
-from stillroom.losses.adversarial import Head, softplus_discriminator, softplus_generator
-from stillroom.losses.scores import dmd_weight, vsd
+from stillroom.diffusion import matching
+from stillroom.diffusion.sampling import consistency, rollout
+from stillroom.diffusion.setting import Setting
+from stillroom.diffusion.teachers import StudentConfig
+from stillroom.losses.adversarial import Head
 
 BASELINE = True
 
 
 @dataclass(frozen=True)
-class Config(TeacherConfig):
+class Config(StudentConfig):
     """Laptop defaults; `full()` holds the paper's."""
 
     steps: Count = 1
@@ -50,24 +53,24 @@ class Config(TeacherConfig):
     """Generator updates."""
     fake_updates: Count = 5
     """Iterations, each one fake-score update, per generator update."""
-    batch: Count = 256
     low: Share = 0.02
     """Least noise that scores are compared at, as a share of the way from data to noise."""
     high: Share = 0.98
+    """Most noise that scores are compared at."""
     gan_weight: NonNegative = 3e-3
-    """Weight of the generator's adversarial loss; 0 trains no head."""
+    """Weight of the generator's adversarial loss, which needs real data; 0 trains no head."""
     discriminator_weight: NonNegative = 1e-2
-    generator: Optimizer = field(default_factory=lambda: Optimizer(lr=5e-4, momentum=0.0, schedule="cosine"))
-    fake: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3, momentum=0.0, schedule="cosine"))
-    lora_rank: Natural = 0
-    """Rank of the generator's LoRA on a diffusers network; 0 trains all weights."""
-    lora_alpha: Count = 8
-    evaluate: Count = 2000
-    """Samples for the metrics."""
+    """Weight of the loss of head and fake network in the same game."""
+    generator: Optimizer = Optimizer(lr=5e-4, momentum=0.0, schedule="cosine")
+    fake: Optimizer = Optimizer(lr=1e-3, momentum=0.0, schedule="cosine")
+    """Of the fake score and the head."""
 
 
 def full() -> Config:
-    """The paper's SDXL run in one step: guidance 8, first step at 399, AdamW 2e-6 (weight decay .01), clip 10, 5 : 1."""
+    """The paper's SDXL run in one step: guidance 8, read at timestep 399, AdamW 5e-7 for both (weight decay .01), clip 10, 5 : 1.
+
+    Give --prompts, and --images with captions for the head.
+    """
     adam = Optimizer(lr=5e-7, weight_decay=0.01, clip=10.0)
     return Config(
         teacher="diffusers:stabilityai/stable-diffusion-xl-base-1.0",
@@ -82,14 +85,20 @@ def full() -> Config:
     )
 
 
-TINY = {"updates": 2, "evaluate": 64, "batch": 64}
+TINY = {"updates": 2, "evaluate": 64, "batch": 64, "world_steps": 2}
 FSDP2 = "energy"
-ARMS = {"dmd2": {}, "one-to-one": {"fake_updates": 1}, "no-head": {"gan_weight": 0.0}}
+EQUAL_RATES = {"gan_weight": 0.0, "fake.lr": 5e-4}
+ARMS = {
+    "dmd2": {},
+    "no-head": {"gan_weight": 0.0},
+    "two-scales": EQUAL_RATES,
+    "one-to-one": {**EQUAL_RATES, "fake_updates": 1, "updates": 600},
+}
 CLAIMS = [
     Claim(
-        "two time scales beat one fake update per generator update",
+        "five fake updates per generator update beat one at equal rates and equally many network updates, without head",
         metric="energy",
-        arm="dmd2",
+        arm="two-scales",
         versus="one-to-one",
         better="lower",
         paper="ImageNet-64 FID 3.48 -> 2.61, without head",
@@ -105,73 +114,65 @@ CLAIMS = [
 ]
 
 
-def features(net: Any, middle: Any, x: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
-    """The network's own output at (x, t) and the middle features of the same call."""
-    with tapped(middle) as seen:
-        raw = net(x, t, cond, read=False)
-    return raw, seen[-1]
-
-
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
-    """setting: your own teacher in place of `cfg.teacher`. UserError when --low is not below --high."""
-    if cfg.low >= cfg.high:
-        raise UserError(f"--low {cfg.low:g} must be below --high {cfg.high:g}.", code=2)
+    """setting: your own teacher in place of `cfg.teacher`. UserError for flags that contradict each other, and for a head without data."""
+    check(cfg)
     setting = setting or cfg.setting()
-    start = setting.student(run)
+    if cfg.gan_weight and not setting.real:
+        raise UserError(f"--gan-weight {cfg.gan_weight:g}: the head needs real data: give --images FOLDER, or --gan-weight 0.", code=2)
+    start = setting.start(run)
     process = start.process
     grid = process.grid(cfg.steps) if cfg.steps > 1 else [float(process.place(cfg.first)), process.clean]
+    renoise = partial(consistency, noise=setting.noise_like)
     teacher = run.frozen(setting.guided(cfg.guidance))
-    net = setting.pipeline.lora(cfg.lora_rank, cfg.lora_alpha) if setting.pipeline and cfg.lora_rank else copy.deepcopy(start)
-    generator, generator_adam = run.trainable("generator", net, cfg.generator)
+    learner = setting.learner(start, cfg.lora_rank, cfg.lora_alpha or cfg.lora_rank)
+    generator, generator_adam = run.trainable("generator", learner, cfg.generator)
     fake, fake_adam = run.trainable("fake", copy.deepcopy(start), cfg.fake)
     learners: tuple = (fake_adam,)
-    middle: Any = None
-    if cfg.gan_weight and setting.truth is not None:
-        middle = fake.net.middle
+    head: Any = None
+    if cfg.gan_weight:
+        look = partial(matching.features, fake, fake.net.middle)
         head, head_adam = run.trainable("head", Head(start.net.features), cfg.fake)  # type: ignore[arg-type]
         learners += (head_adam,)
 
     for step in run.steps(cfg.updates * cfg.fake_updates):
         turn = step % cfg.fake_updates == 0
-        z, cond = run.shard((setting.noise(cfg.batch), setting.condition(cfg.batch)))
-        at = int(torch.randint(cfg.steps, ()))
+        z, cond = setting.draw(run, cfg.batch)
+        at = int(torch.randint(cfg.steps, (), generator=run.common))  # every process makes as many calls
         with torch.set_grad_enabled(turn):
-            x, _ = rollout(generator, process.start(z), grid, at, process.clean, cond, process=process, step=consistency)
+            x, _ = rollout(generator, process.start(z), grid, at, process.clean, cond, process=process, step=renoise)
         if turn:
-            t = process.uniform(len(x), cfg.low, cfg.high, device=x.device)
-            with torch.no_grad():
-                y = process.mix(x, torch.randn_like(x), t)
-                real, said = teacher(y, t, cond, process).x0, fake(y, t, cond).x0
-                gap = (said - real).abs().mean()
-            run.finite.check("scores", gap, {"score gap": gap})
-            run.log(score_gap=gap)
-            parts = {"dmd": vsd(x, said, real, dmd_weight(x, real))}
-            if middle is not None:
-                y = process.mix(x, torch.randn_like(x), t)
-                parts["adversarial"] = cfg.gan_weight * softplus_generator(head(features(fake, middle, y, t, cond)[1]))
+            t, eps = process.uniform(len(x), cfg.low, cfg.high, device=x.device), setting.noise_like(x, cond)
+            real_x0, fake_x0 = matching.scores(run, teacher, fake, process.mix(x.detach(), eps, t), t, cond, process)
+            parts = {"dmd": matching.gap_loss(x, real_x0, fake_x0)}
+            if head is not None:
+                y = process.mix(x, setting.noise_like(x, cond), t)
+                with matching.answering(fake):
+                    judged = look(y, t, cond)[1]
+                parts["adversarial"] = matching.fooling_loss(cfg.gan_weight, head(judged))
             run.update(generator_adam, **parts)
         x = x.detach()
-        eps, t = torch.randn_like(x), process.uniform(len(x), cfg.low, cfg.high, device=x.device)
-        if middle is None:
-            run.update(learners, squared(fake(process.mix(x, eps, t), t, cond, read=False), start.target(x, eps, t)))
+        eps, t = setting.noise_like(x, cond), process.uniform(len(x), cfg.low, cfg.high, device=x.device)
+        if head is None:
+            raw = fake(process.mix(x, eps, t), t, cond, read=False)
+            run.update(learners, denoising=matching.denoising_loss(raw, x, eps, t, start))
             continue
-        assert setting.truth is not None
-        said, judged = features(fake, middle, process.mix(x, eps, t), t, cond)
-        data = run.shard(setting.truth(cfg.batch, cond))
-        truth = head(features(fake, middle, process.mix(data, torch.randn_like(data), t), t, cond)[1])
+        raw, judged = look(process.mix(x, eps, t), t, cond)
+        data, words = setting.data(run, cfg.batch)
+        truth = look(process.mix(data, setting.noise_like(data, words), t), t, words)[1]
         run.update(
             learners,
-            denoising=squared(said, start.target(x, eps, t)),
-            discriminator=cfg.discriminator_weight * softplus_discriminator(truth, head(judged)),
+            denoising=matching.denoising_loss(raw, x, eps, t, start),
+            discriminator=matching.telling_loss(cfg.discriminator_weight, head(truth), head(judged)),
         )
+    return setting.judge(run, generator, start, grid, count=cfg.evaluate, guidance=cfg.guidance, step=renoise)
 
-    student = run.unwrap(generator).eval()
-    real, cond = setting.reference(cfg.evaluate, cfg.guidance, 40, run.device)
-    z = process.start(setting.noise(cfg.evaluate, run.device))
-    x, plain = (sample(net, z, grid, cond, process=process, step=consistency) for net in (student, start))
-    metrics = setting.evaluate(run, x, real)
-    run.row("teacher network at as few steps", **setting.evaluate(run, plain, real))
-    run.row("student", **metrics)
-    setting.show(run, "samples", {"teacher": real, "few steps without distillation": plain, "student": x})
-    run.save_student(student, lambda net, folder: setting.save(net, folder, grid, fresh_noise=True))
-    return metrics
+
+def check(cfg: Config) -> None:
+    """UserError for flags that would do nothing."""
+    if cfg.low >= cfg.high:
+        raise UserError(f"--low {cfg.low:g} must be below --high {cfg.high:g}.", code=2)
+    if cfg.steps > 1 and cfg.first != 1:
+        raise UserError(f"--first {cfg.first:g} is where a one-step student reads the network; --steps {cfg.steps} has a grid.", code=2)
+    if not cfg.gan_weight and cfg.discriminator_weight != Config.discriminator_weight:
+        raise UserError("--discriminator-weight needs the head that --gan-weight 0 leaves out.", code=2)

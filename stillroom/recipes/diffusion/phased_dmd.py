@@ -12,17 +12,20 @@ eps is the noise of the conditional kernel, so the noise of x_t as a whole is si
 biased. At s = 0 both are ordinary DMD2 without its discriminator. Inside a phase of several steps SGTS is kept, and the chosen step
 jumps straight to the phase's end.
 
-Exact: targets, kernels, clamp, order, stop-gradients, re-initialised fake nets. The weight w is DMD's normaliser 1 / mean|x_s - D_real|
-(whether the paper's runs use it or its w_{t|s} is unconfirmed), t is uniform before the shift (unconfirmed). Shrunk: networks, 2 steps in
-2 phases on an exact 2-D teacher. The subinterval claim is checked on the paper's own 1-D example.
+Exact: targets, kernels, clamp, order, stop-gradients, re-initialised fake nets; t is drawn in the raw time of the grid and then shifted.
+Shrunk: networks, 2 steps in 2 phases on an exact 2-D teacher; the subinterval claim is checked on the paper's own 1-D example.
+Ours: the weight w is DMD's normaliser 1 / mean|x_s - D_real| (whether the paper's runs use it or its w_{t|s} is unconfirmed), t is uniform
+before the shift (unconfirmed).
+Left out: LightX2V's extras (a third fake net, IDA, diversity loss, real-data branch) and teachers that are themselves routed (Wan2.2).
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +35,14 @@ from stillroom.core.config import Count, Natural, Positive, Share
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
+from stillroom.diffusion import matching
 from stillroom.diffusion.denoiser import Denoiser, Prediction, Routed
 from stillroom.diffusion.exact import Mixture
 from stillroom.diffusion.objectives import per_sample
-from stillroom.diffusion.processes import VP, Flow, Process, along, as_time
+from stillroom.diffusion.processes import VP, Flow, Process, along, as_time, shifted
 from stillroom.diffusion.sampling import rollout, sample
-from stillroom.diffusion.settings import Setting, TeacherConfig
-from stillroom.losses.scores import dmd_weight, vsd
+from stillroom.diffusion.setting import Setting
+from stillroom.diffusion.teachers import StudentConfig
 from stillroom.metrics.generation import diversity, mmd
 from stillroom.nets.denoisers import PointNet
 
@@ -46,11 +50,9 @@ Target = Literal["unbiased", "naive"]
 
 
 @dataclass(frozen=True)
-class Config(TeacherConfig):
+class Config(StudentConfig):
     """Laptop defaults; `full()` holds the paper's."""
 
-    teacher: str = "ring"
-    """ring, grid, digits (exact, nothing to train), or diffusers:FOLDER-OR-ID."""
     steps: Count = 2
     """Sampling steps of the student."""
     phases: Count = 2
@@ -65,26 +67,20 @@ class Config(TeacherConfig):
     """Generator updates of each phase."""
     fake_updates: Count = 3
     """Fake-score updates before each generator update."""
-    batch: Count = 256
     margin: Share = 0.02
-    """Least distance of t from the phase's end and from pure noise."""
+    """Least distance of t from the phase's end and from pure noise, as a share of the way before the shift."""
     clamp: Positive = 10.0
     """Largest weight 1 / sigma_{t|s}^2."""
-    generator: Optimizer = field(default_factory=lambda: Optimizer(lr=5e-4, momentum=0.0, schedule="cosine"))
-    fake: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3, momentum=0.0, schedule="cosine"))
-    lora_rank: Natural = 0
-    """Rank of each expert's LoRA on a diffusers network; 0 trains all weights."""
-    lora_alpha: Count = 8
+    generator: Optimizer = Optimizer(lr=5e-4, momentum=0.0, schedule="cosine")
+    fake: Optimizer = Optimizer(lr=1e-3, momentum=0.0, schedule="cosine")
     toy_steps: Natural = 1000
     """Training steps of the 1-D check of the subinterval target; 0 skips it."""
-    evaluate: Count = 2000
-    """Samples for the metrics."""
 
 
 def full() -> Config:
-    """The paper's: 4 steps in 2 phases, shift 5 (Wan; 3 for Qwen-Image), guidance 4, LoRA 64, fake : generator 5 : 1, batch 64.
+    """The paper's: 4 steps in 2 phases, shift 5 (Wan; 3 for Qwen-Image), guidance 4, LoRA 64 (alpha 8), fake : generator 5 : 1, batch 64.
 
-    The scheduler of Stable Diffusion 3.5 brings a shift of 3.
+    The scheduler of Stable Diffusion 3.5 brings a shift of 3. Give --prompts.
     """
     adam = Optimizer(momentum=0.0, beta2=0.999)
     return Config(
@@ -97,12 +93,13 @@ def full() -> Config:
         generator=replace(adam, lr=5e-5),
         fake=replace(adam, lr=4e-7),
         lora_rank=64,
+        lora_alpha=8,
         toy_steps=0,
         evaluate=64,
     )
 
 
-TINY = {"updates": 2, "evaluate": 64, "batch": 64, "toy_steps": 0, "guidance": 1.0}
+TINY = {"updates": 2, "evaluate": 64, "batch": 64, "toy_steps": 0, "world_steps": 2}
 FSDP2 = "energy"
 ARMS = {
     "phased-dmd": {},
@@ -148,60 +145,67 @@ def fake_goal(x: Tensor, eps: Tensor, s: float, t: Tensor, process: Process, tar
     return Prediction(x0, along(process.sigma(t), x) * eps)
 
 
-def fake_loss(fake: nn.Module, x: Tensor, s: float, t: Tensor, cond: object, process: Process, target: Target, clamp: float) -> Tensor:
+def fake_loss(
+    fake: nn.Module, x: Tensor, eps: Tensor, s: float, t: Tensor, cond: Any, process: Process, target: Target, clamp: float
+) -> Tensor:
     """[B] min(1 / sigma_{t|s}^2, clamp) || sigma_{t|s} (F - v*) ||^2 on detached samples x at time s, in velocity (v for VP)."""
     x = x.detach()
-    eps = torch.randn_like(x)
     _, spread = process.kernel(as_time(s, x), t)
-    said: Prediction = fake(process.renoise(x, s, t, eps), t, cond, process)
+    predicted: Prediction = fake(process.renoise(x, s, t, eps), t, cond, process)
     goal = fake_goal(x, eps, s, t, process, target)
-    speak = process.v if isinstance(process, VP) else process.velocity
-    gap = speak(along(spread, x) * said.x0, along(spread, x) * said.eps, t) - speak(*goal, t)
+    velocity = process.v if isinstance(process, VP) else process.velocity
+    gap = velocity(along(spread, x) * predicted.x0, along(spread, x) * predicted.eps, t) - velocity(*goal, t)
     return (1 / spread**2).clamp_max(clamp).to(x.dtype) * per_sample(gap**2)
 
 
-def train_phase(cfg: Config, run: Run, setting: Setting, experts: list[nn.Module], ends: list[float], start: Denoiser) -> nn.Module:
-    """Expert len(experts) + 1 of phase (ends[k - 1], ends[k]), against a fresh fake net; the earlier experts are frozen."""
-    process, k = setting.process, len(experts)
-    grid, end = process.grid(cfg.steps, cfg.shift), ends[k]
-    mine = [
-        i for i, t in enumerate(grid[:-1]) if (k == 0 or process.rho(t) <= process.rho(ends[k - 1])) and process.rho(t) > process.rho(end)
-    ]
-    net = setting.pipeline.lora(cfg.lora_rank, cfg.lora_alpha) if setting.pipeline and cfg.lora_rank else copy.deepcopy(start)
-    expert, expert_adam = run.trainable("expert", net, cfg.generator)
+def ends_of(grid: Sequence[float], phases: int) -> list[float]:
+    """Where each phase ends: the grid's steps dealt evenly, the last end being the data."""
+    return [grid[round((len(grid) - 1) * (k + 1) / phases)] for k in range(phases)]
+
+
+def steps_of(grid: Sequence[float], ends: Sequence[float], k: int) -> list[int]:
+    """Which steps of the grid are phase k's."""
+    return list(range(grid.index(ends[k - 1]) if k else 0, grid.index(ends[k])))
+
+
+def noise_range(cfg: Config, process: Process, ends: Sequence[float], k: int) -> tuple[float, float]:
+    """Between which shares of the way, in the raw time that the grid's shift is applied to, the noise times of phase k lie: (s_k, 1), or
+    (s_k, s_{k-1}) if disjoint, less the margins. UserError when these leave nothing."""
+    raw = [shifted(process.share(end), 1 / cfg.shift) for end in ends]
+    low, high = raw[k] + cfg.margin, raw[k - 1] if cfg.interval == "disjoint" and k else 1 - cfg.margin
+    if low >= high:
+        raise UserError(f"--margin {cfg.margin:g} leaves no noise times to phase {k + 1}, which lie in {raw[k]:.3g} to {high:.3g}.", code=2)
+    return low, high
+
+
+def train_phase(
+    cfg: Config, run: Run, setting: Setting, start: Denoiser, grid: list[float], ends: list[float], experts: list[nn.Module]
+) -> nn.Module:
+    """The expert of phase k = len(experts), against a fresh fake net; the earlier experts are frozen."""
+    process, k = start.process, len(experts)
+    end, own, (low, high) = ends[k], steps_of(grid, ends, k), noise_range(cfg, process, ends, k)
+    learner = setting.learner(start, cfg.lora_rank, cfg.lora_alpha or cfg.lora_rank)
+    expert, expert_adam = run.trainable("expert", learner, cfg.generator)
     fake, fake_adam = run.trainable("fake", copy.deepcopy(start), cfg.fake)
     teacher = run.frozen(setting.guided(cfg.guidance))
+    chain = Routed([*experts, expert], ends[: k + 1])
 
-    # Uniform in raw time and then shifted, like the grid, but inside (s_k, 1).
-    low, high = process.share(end) + cfg.margin, 1 - cfg.margin
-    if cfg.interval == "disjoint" and k:
-        high = process.share(ends[k - 1])
-
-    def noise_time(n: int) -> Tensor:
-        return process.uniform(n, low, high, cfg.shift, device=run.device)
-
-    def generate(differentiable: bool) -> tuple[Tensor, object]:
-        z, cond = run.shard((setting.noise(cfg.batch), setting.condition(cfg.batch)))
-        z = process.start(z)
-        at = int(torch.randint(len(mine), ()))
-        with torch.set_grad_enabled(differentiable):
-            if mine[0]:
-                z = sample(Routed(experts, ends[:k]), z, grid[: mine[0] + 1], cond, process=process)
-            return rollout(expert, z, grid[mine[0] :], at, end, cond, process=process)[0], cond
+    def generate() -> tuple[Tensor, Any, Tensor, Tensor]:
+        """Samples at the phase's end, their condition, and a noise time and kernel noise to see them at."""
+        z, cond = setting.draw(run, cfg.batch)
+        at = own[int(torch.randint(len(own), (), generator=run.common))]  # every process makes as many calls
+        x, _ = rollout(chain, process.start(z), grid, at, end, cond, process=process)
+        t = process.uniform(len(x), low, high, cfg.shift, device=run.device)
+        return x, cond, t, setting.noise_like(x, cond)
 
     for _ in run.steps(cfg.updates):
         for _ in range(cfg.fake_updates):
-            x, cond = generate(differentiable=False)
-            run.update(fake_adam, fake_loss(fake, x, end, noise_time(len(x)), cond, process, cfg.fake_target, cfg.clamp))
-        x, cond = generate(differentiable=True)
-        with torch.no_grad():
-            t = noise_time(len(x))
-            y = process.renoise(x, end, t, torch.randn_like(x))
-            real, said = teacher(y, t, cond, process).x0, fake(y, t, cond, process).x0
-        run.update(expert_adam, vsd(x, said, real, dmd_weight(x, real)))
-        gap = (said - real).abs().mean()
-        run.finite.check("scores", gap, {"score gap": gap})
-        run.log(score_gap=gap)
+            with torch.no_grad():
+                x, cond, t, eps = generate()
+            run.update(fake_adam, fake_loss(fake, x, eps, end, t, cond, process, cfg.fake_target, cfg.clamp))
+        x, cond, t, eps = generate()
+        real_x0, fake_x0 = matching.scores(run, teacher, fake, process.renoise(x.detach(), end, t, eps), t, cond, process)
+        run.update(expert_adam, matching.gap_loss(x, real_x0, fake_x0))
     return run.unwrap(expert).eval()
 
 
@@ -214,38 +218,44 @@ def save(student: Routed, folder: Path, setting: Setting, grid: list[float]) -> 
 
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
-    """setting: your own teacher in place of `cfg.teacher`. UserError for more phases than steps."""
-    if cfg.phases > cfg.steps:
-        raise UserError(f"--phases {cfg.phases} needs at least as many --steps, not {cfg.steps}.", code=2)
+    """setting: your own teacher in place of `cfg.teacher`. UserError for more phases than steps, and for flags that would do nothing."""
+    check(cfg)
     metrics = toy(run, cfg.fake_target, cfg.toy_steps) if cfg.toy_steps else {}
     setting = setting or cfg.setting()
-    run.frozen(setting.teacher)
-    process = setting.process
+    start = setting.start(run)
+    process = start.process
     grid = process.grid(cfg.steps, cfg.shift)
-    ends = [grid[round(cfg.steps * (k + 1) / cfg.phases)] for k in range(cfg.phases)]
-    start = setting.student(run)
+    ends = ends_of(grid, cfg.phases)
+    for k in range(cfg.phases):
+        noise_range(cfg, process, ends, k)  # said now, not after the first phase
 
     experts: list[nn.Module] = []
     for k in range(cfg.phases):
         with run.stage(f"phase{k + 1}") as stage:
-            experts.append(train_phase(cfg, stage, setting, experts, ends, start))
+            experts.append(train_phase(cfg, stage, setting, start, grid, ends, experts))
     student = Routed(experts, ends)
 
-    real, cond = setting.reference(cfg.evaluate, cfg.guidance, 40, run.device)
-    z = process.start(setting.noise(cfg.evaluate, run.device))
-    x = sample(student, z, grid, cond, process=process)
-    metrics |= setting.evaluate(run, x, real) | {"diversity": diversity(x)}
-    if cfg.phases > 1 and setting.truth is not None:
-        half = sample(student, z, [t for t in grid if process.rho(t) >= process.rho(ends[0])], cond, process=process)
-        noisy = process.mix(real, torch.randn_like(real), ends[0])
+    if cfg.phases > 1 and setting.real:  # the first expert alone against data at its noise level
+        real, cond = setting.reference(cfg.evaluate, cfg.guidance, 40, run.device)
+        half = setting.sampled(experts[0], setting.noise(len(real), run.device, cond), grid[: grid.index(ends[0]) + 1], cond)
+        noisy = process.mix(real, setting.noise_like(real, cond), ends[0])
         metrics |= {"phase1_mmd": mmd(half, noisy), "phase1_std_ratio": float(half.std() / noisy.std())}
         setting.show(run, "after phase 1", {"noisy data": noisy, "student": half})
-    plain = sample(start, z, grid, cond, process=process)
-    run.row("teacher network at as few steps", **setting.evaluate(run, plain, real))
-    run.row("student", **metrics)
-    setting.show(run, "samples", {"teacher": real, "few steps without distillation": plain, "student": x})
-    run.save_student(student, lambda net, folder: save(net, folder, setting, grid))
-    return metrics
+    metrics |= setting.judge(
+        run, student, start, grid, count=cfg.evaluate, guidance=cfg.guidance, save=lambda net, folder: save(net, folder, setting, grid)
+    )  # fmt: skip
+    z, cond = setting.noise(cfg.evaluate, run.device), setting.condition(cfg.evaluate, run.device)
+    return metrics | {"diversity": diversity(setting.sampled(student, z, grid, cond))}
+
+
+def check(cfg: Config) -> None:
+    """UserError for flags that contradict each other or would do nothing."""
+    if cfg.phases > cfg.steps:
+        raise UserError(f"--phases {cfg.phases} needs at least as many --steps, not {cfg.steps}.", code=2)
+    if cfg.phases == 1 and cfg.interval == "disjoint":
+        raise UserError("--interval disjoint needs an earlier phase to be disjoint from: give more --phases.", code=2)
+    if cfg.phases == 1 and cfg.fake_target == "naive" and not cfg.toy_steps:
+        raise UserError("--fake-target naive is the unbiased one at the data end, where a single phase lies: give more --phases.", code=2)
 
 
 # -- the paper's 1-D example -------------------------------------------------------------------------------------------------------
@@ -255,18 +265,20 @@ def toy(run: Run, target: Target, steps: int, s: float = 0.5) -> dict[str, float
     optimizer = Optimizer(lr=2e-3, schedule="cosine")
     with run.stage("subinterval", shared=(toy, target, steps, s, optimizer)) as stage:
         net, adam = stage.trainable("net", Denoiser(PointNet(1, 64, 3), flow, "velocity"), optimizer)
+        data.to(stage.device)
         for _ in stage.steps(steps):
             x0 = data.sample(1024)
             x = flow.mix(x0, torch.randn_like(x0), s)
-            stage.update(adam, fake_loss(net, x, s, flow.uniform(1024, s + 0.02, 1.0), None, flow, target, 10.0))
+            t, eps = flow.uniform(1024, s + 0.02, 1.0, device=stage.device), torch.randn_like(x)
+            stage.update(adam, fake_loss(net, x, eps, s, t, None, flow, target, 10.0))
         errors = []
         with torch.no_grad():
-            for t in (0.52, 0.6, 0.7, 0.8, 0.9, 0.98):
+            for at in (0.52, 0.6, 0.7, 0.8, 0.9, 0.98):
                 x0 = data.sample(4000)
-                x = flow.mix(x0, torch.randn_like(x0), t)
-                said, exact = Prediction(*net(x, t)), Prediction(*data(x, t))
-                errors.append(float(((flow.velocity(*said, t) - flow.velocity(*exact, t)) ** 2).mean()))
-        z, times = torch.randn(4000, 1), [1 - i / 100 for i in range(51)]
+                x = flow.mix(x0, torch.randn_like(x0), at)
+                predicted, exact = Prediction(*net(x, at)), Prediction(*data(x, at))
+                errors.append(float(((flow.velocity(*predicted, at) - flow.velocity(*exact, at)) ** 2).mean()))
+        z, times = torch.randn(4000, 1, device=stage.device), [1 - i / 100 for i in range(51)]
         gap = (sample(net, z, times, process=flow) - sample(data, z, times, process=flow)).square().mean().sqrt()
     mean = sum(errors) / len(errors)
     return {"toy_velocity_error": mean, "toy_log10_error": float(torch.tensor(mean).log10()), "toy_ode_gap": float(gap)}

@@ -11,15 +11,20 @@ the frozen EMA of v as a guide on fresh noise:
     L = d(z + v'(z), x)  +  d(z + v'(z), sg[x_t + (1 - t) v(x_t, t)]),   x_t = z + t sg v'(z),  t ~ U[0.2, 0.8]
 
 Times run as in the authors' code: noise at t = 0, image at t = 1, the noise end evaluated at eps = 1e-3.
-Exact: both losses, schedule, stop-gradients, EMA guide, student from the raw weights. Shrunk: an exact teacher of 8x8 mirrored digits, a
-small U-Net; d is l2 (the paper's best results use LPIPS, which needs a downloaded network).
+
+Exact: both losses, schedule, stop-gradients, EMA guide without dropout, student from the raw weights.
+Shrunk: an exact teacher of 8x8 mirrored digits, a small U-Net; EMA, steps and pairs.
+Ours: d is l2 (the paper's best results use LPIPS, which needs a downloaded network). The small network predicts what keeps x - z bounded at
+the noise end, whatever the teacher predicts: the velocity, v in a discrete VP pipeline (which plain diffusers samples), EDM's F. The flow
+that starts from scratch is given as many updates as both stages together.
+Left out: LPIPS, pairs made anew by the small flow, the (1 - t)^2 weight.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,14 +32,16 @@ from torch import Tensor, nn
 
 from stillroom.catalogue.claims import Claim
 from stillroom.core.config import Count, Share
+from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
-from stillroom.diffusion import settings
-from stillroom.diffusion.denoiser import Denoiser, Prediction, take
+from stillroom.diffusion.denoiser import Denoiser, Prediction, PredictionType, take
 from stillroom.diffusion.objectives import squared
-from stillroom.diffusion.processes import ReversedFlow, along
+from stillroom.diffusion.pairs import Pairs
+from stillroom.diffusion.processes import EDM, VP, Process, ReversedFlow, along
 from stillroom.diffusion.sampling import Point, pairs, path
-from stillroom.diffusion.settings import Setting, TeacherConfig
+from stillroom.diffusion.setting import Setting
+from stillroom.diffusion.teachers import TeacherConfig
 from stillroom.metrics.generation import straightness
 
 FLOW = ReversedFlow()
@@ -42,61 +49,81 @@ EPS = 1e-3
 
 
 @dataclass(frozen=True)
-class Config(TeacherConfig):
-    """Laptop defaults; `full()` holds the paper's."""
+class Reflow:
+    """Stage 1: all that decides the small flow, given network and pairs."""
 
-    teacher: str = "digits"
-    """ring, grid, digits (exact, nothing to train), or diffusers:FOLDER-OR-ID."""
-    shrink: Count = 2
-    """How many times fewer channels the small network has."""
-    pairs: Count = 2000
-    """Noise-image pairs in the bank."""
-    pair_steps: Count = 20
-    """Heun steps of the teacher for each pair."""
     annealing: Literal["linear", "exp", "cos", "none"] = "linear"
     """Schedule of b; none is plain reflow from scratch."""
     anneal_share: Share = 0.375
     """Share of stage 1 after which b is 0 (300k of 800k)."""
     flip: bool = True
     """Mirror noise and image together, half of the time."""
-    reflow_steps: Count = 500
-    distil_steps: Count = 300
+    steps: Count = 500
+    batch: Count = 64
+    ema: Share = 0.995
+    """Decay of the guide's average (the paper's .999999 needs about a million steps)."""
+    optimizer: Optimizer = Optimizer(kind="adam", lr=1e-3, schedule="cosine", clip=1.0)
+
+
+@dataclass(frozen=True)
+class Distil:
+    """Stage 2: the one-step student."""
+
+    steps: Count = 300
     start: Literal["flow", "scratch"] = "flow"
-    """Where the one-step student starts."""
+    """Where the student starts: at the small flow, or with fresh weights."""
     two_step: bool = True
     """Use the guide's two-step target."""
     batch: Count = 64
     ema: Share = 0.995
-    """Decay of the guide's average (the paper's .999999 needs about a million steps)."""
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(kind="adam", lr=1e-3, schedule="cosine", clip=1.0))
+    """Decay of the student's average, which is what is judged."""
+    optimizer: Optimizer = Optimizer(kind="adam", lr=1e-3, schedule="cosine", clip=1.0)
+
+
+@dataclass(frozen=True)
+class Config(TeacherConfig):
+    """Laptop defaults; `full()` holds the paper's."""
+
+    teacher: str = "digits"
+    """digits, ring, grid, classes (exact), run:FOLDER (an earlier student of one of these), or diffusers:FOLDER-OR-ID."""
+    shrink: Count = 2
+    """How many times fewer channels the small network has."""
+    dropout: Share = 0.0
+    """Of the small network, in both stages."""
+    pairs: Count = 2000
+    """Noise-image pairs in the bank."""
+    pair_steps: Count = 20
+    """Heun steps of the teacher for each pair."""
+    reflow: Reflow = Reflow()
+    distil: Distil = Distil()
     evaluate: Count = 1000
     """Samples for the metrics."""
 
 
 def full() -> Config:
-    """The paper's CIFAR-10 run: 50k pairs, 800k + 400k iterations, batch 128, Adam 2e-4 with 5000 steps of warm-up, EMA .999999."""
+    """The paper's CIFAR-10 run: 50k pairs, 800k + 400k iterations, batch 128, Adam 2e-4 (5000 steps of warm-up in stage 1 alone), dropout
+    .15, EMA .999999."""
+    adam = Optimizer(kind="adam", lr=2e-4, clip=1.0)
     return Config(
         teacher="diffusers:google/ddpm-cifar10-32",
+        dropout=0.15,
         pairs=50_000,
         pair_steps=35,
-        reflow_steps=800_000,
-        distil_steps=400_000,
-        batch=128,
-        ema=0.999999,
-        optimizer=Optimizer(kind="adam", lr=2e-4, warmup=5000, clip=1.0),
+        reflow=Reflow(steps=800_000, batch=128, ema=0.999999, optimizer=replace(adam, warmup=5000)),
+        distil=Distil(steps=400_000, batch=128, ema=0.999999, optimizer=adam),
         evaluate=50_000,
     )
 
 
-TINY = {"pairs": 64, "pair_steps": 4, "reflow_steps": 4, "distil_steps": 4, "evaluate": 64}
+TINY = {"pairs": 64, "pair_steps": 4, "reflow.steps": 4, "distil.steps": 4, "evaluate": 64}
 FSDP2 = "frechet"
 ARMS = {
     "slimflow": {},
-    "plain-distillation": {"two_step": False},
-    "reflow-from-scratch": {"annealing": "none"},
-    "no-flip": {"flip": False},
-    "neither": {"annealing": "none", "flip": False},
-    "distil-from-scratch": {"start": "scratch", "two_step": False},
+    "plain-distillation": {"distil.two_step": False},
+    "reflow-from-scratch": {"reflow.annealing": "none"},
+    "no-flip": {"reflow.flip": False},
+    "neither": {"reflow.annealing": "none", "reflow.flip": False},
+    "distil-from-scratch": {"distil.start": "scratch", "distil.two_step": False, "distil.steps": 800},
 }
 CLAIMS = [
     Claim(
@@ -127,7 +154,7 @@ CLAIMS = [
         better="lower",
     ),
     Claim(
-        "starting from the small flow beats distilling from scratch",
+        "500 updates of the small flow and 300 of distillation beat 800 of distillation from scratch",
         metric="frechet",
         arm="plain-distillation",
         versus="distil-from-scratch",
@@ -137,10 +164,14 @@ CLAIMS = [
 ]
 
 
-def coupling(cfg: Config, step: int) -> float:
-    """b at a step of stage 1: 1 is independent coupling (a 1-RF on teacher samples), 0 plain reflow."""
-    done = step / (cfg.anneal_share * cfg.reflow_steps) if cfg.anneal_share else math.inf
-    match cfg.annealing:
+def parametrization(process: Process) -> PredictionType:
+    """What the small network predicts in this process, so that x - z stays bounded at the noise end, where 1 / alpha does not."""
+    return "v" if isinstance(process, VP) else "edm" if isinstance(process, EDM) else "velocity"
+
+
+def coupling(annealing: str, done: float) -> float:
+    """b when the share `done` of the annealing is over: 1 is independent coupling (a 1-RF on teacher samples), 0 plain reflow."""
+    match annealing:
         case "linear":
             return 1 - min(1.0, done)
         case "exp":
@@ -151,16 +182,38 @@ def coupling(cfg: Config, step: int) -> float:
             return 0.0
 
 
+def coupled(z: Tensor, fresh: Tensor, b: float) -> Tensor:
+    """z_b = sqrt(1 - b^2) z + b z', of unit variance."""
+    return math.sqrt(1 - b * b) * z + b * fresh
+
+
+def mirrored(z: Tensor, x: Tensor, coin: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise and image, mirrored together where the coin [B] in [0, 1) is below a half."""
+    turn = coin.reshape(-1, *[1] * (z.ndim - 1)) < 0.5
+    return torch.where(turn, z.flip(-1), z), torch.where(turn, x.flip(-1), x)
+
+
 def velocity(net: nn.Module, x: Tensor, t: Tensor | float, cond: Any) -> Tensor:
     """x0 - eps of the network at reversed-flow time t."""
     pair: Prediction = net(x, t, cond, FLOW)
     return FLOW.velocity(*pair, t)
 
 
-def flipped(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Noise and image mirrored together in a random half of the batch."""
-    mirror = torch.rand(len(z), *[1] * (z.ndim - 1), device=z.device) < 0.5
-    return torch.where(mirror, z.flip(-1), z), torch.where(mirror, x.flip(-1), x)
+def flow_loss(net: nn.Module, z: Tensor, x: Tensor, u: Tensor, cond: Any) -> Tensor:
+    """[B] (v(x_t, t) - (x - z))^2 at t = eps + (1 - eps) u, u in [0, 1)."""
+    t = EPS + (1 - EPS) * u
+    return squared(velocity(net, FLOW.mix(x, z, t), t, cond), x - z)
+
+
+def pair_loss(student: nn.Module, z: Tensor, x: Tensor, cond: Any) -> Tensor:
+    """[B] d(z + v'(x_eps, eps), x), at the noise end of the pair's path."""
+    return squared(z + velocity(student, FLOW.mix(x, z, EPS), EPS, cond), x)
+
+
+def two_step_loss(student: nn.Module, guide: nn.Module, z: Tensor, u: Tensor, cond: Any) -> Tensor:
+    """[B] d(z + v'(z), sg two-step target) at t = .2 + .6 u, on fresh noise z."""
+    v = velocity(student, z, EPS, cond)
+    return squared(z + v, two_step_target(guide, z, v.detach(), 0.2 + 0.6 * u, cond))
 
 
 def two_step_target(guide: nn.Module, z: Tensor, v: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -170,44 +223,38 @@ def two_step_target(guide: nn.Module, z: Tensor, v: Tensor, t: Tensor, cond: Any
         return x + along(1 - t, z) * velocity(guide, x, t, cond)
 
 
-def draw(run: Run, bank: dict[str, Tensor], cond: Any, batch: int) -> tuple[Tensor, Tensor, Any]:
-    index = run.shard(torch.randint(len(bank["z"]), (batch,)))
-    return bank["z"][index], bank["x"][index], take(cond, index)
+def shares(like: Tensor) -> Tensor:
+    """[B] uniform in [0, 1)."""
+    return torch.rand(len(like), device=like.device)
 
 
-def reflow(cfg: Config, run: Run, setting: Setting, bank: dict[str, Tensor], cond: Any) -> tuple[Denoiser, nn.Module]:
+def reflow(cfg: Reflow, run: Run, small: Denoiser, bank: Pairs) -> tuple[Denoiser, nn.Module]:
     """Stage 1: (raw weights, EMA) of the small flow."""
-    net, optimizer = run.trainable("flow", setting.small(cfg.shrink), cfg.optimizer)
+    net, optimizer = run.trainable("flow", small, cfg.optimizer)
     ema = run.ema("ema", net, cfg.ema)
-    for step in run.steps(cfg.reflow_steps):
-        z, x, words = draw(run, bank, cond, cfg.batch)
-        b = coupling(cfg, step)
-        z = math.sqrt(1 - b * b) * z + b * torch.randn_like(z)
+    for step in run.steps(cfg.steps):
+        z, x, cond = bank.draw(run, cfg.batch)
+        b = coupling(cfg.annealing, step / (cfg.anneal_share * cfg.steps) if cfg.anneal_share else math.inf)
+        z = coupled(z, bank.setting.noise_like(z, cond), b)
         if cfg.flip:
-            z, x = flipped(z, x)
-        t = EPS + (1 - EPS) * torch.rand(len(z), device=z.device).double()
-        run.update(optimizer, squared(velocity(net, FLOW.mix(x, z, t), t, words), x - z))
+            z, x = mirrored(z, x, shares(z))
+        run.update(optimizer, flow_loss(net, z, x, shares(z).double(), cond))
         ema.update()
         run.log(b=b)
     return run.unwrap(net), ema.net
 
 
-def distil(cfg: Config, run: Run, setting: Setting, flow: Denoiser, guide: nn.Module, bank: dict[str, Tensor], cond: Any) -> nn.Module:
+def distil(cfg: Distil, run: Run, start: Denoiser, guide: nn.Module, bank: Pairs, flip: bool) -> nn.Module:
     """Stage 2: the one-step student."""
-    student, optimizer = run.trainable(
-        "student", copy.deepcopy(flow).requires_grad_(True) if cfg.start == "flow" else setting.small(cfg.shrink), cfg.optimizer
-    )
+    student, optimizer = run.trainable("student", start, cfg.optimizer)
     ema = run.ema("ema", student, cfg.ema)
-    for _ in run.steps(cfg.distil_steps):
-        z, x, words = draw(run, bank, cond, cfg.batch)
-        if cfg.flip:
-            z, x = flipped(z, x)
-        parts = {"pairs": squared(z + velocity(student, FLOW.mix(x, z, EPS), EPS, words), x)}
+    for _ in run.steps(cfg.steps):
+        z, x, cond = bank.draw(run, cfg.batch)
+        if flip:
+            z, x = mirrored(z, x, shares(z))
+        parts = {"pairs": pair_loss(student, z, x, cond)}
         if cfg.two_step:
-            z = torch.randn_like(z)
-            v = velocity(student, z, EPS, words)
-            t = 0.2 + 0.6 * torch.rand(len(z), device=z.device).double()
-            parts["two_step"] = squared(z + v, two_step_target(guide, z, v.detach(), t, words))
+            parts["two_step"] = two_step_loss(student, guide, bank.setting.noise_like(z, cond), shares(z).double(), cond)
         run.update(optimizer, **parts)
         ema.update()
     return ema.net
@@ -230,38 +277,51 @@ def many_steps(flow: nn.Module, z: Tensor, cond: Any, steps: int = 20) -> tuple[
 
 
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
-    """setting: your own teacher in place of `cfg.teacher`."""
+    """setting: your own teacher in place of `cfg.teacher`. UserError for annealing flags that would do nothing."""
+    if cfg.reflow.annealing == "none" and cfg.reflow.anneal_share != Reflow.anneal_share:
+        raise UserError("--reflow.anneal-share needs a schedule: --reflow.annealing none has none.", code=2)
     setting = setting or cfg.setting()
     teacher = run.frozen(setting.guided(cfg.guidance))
     times = setting.process.grid(cfg.pair_steps)
-    cond = settings.placed(setting.condition(cfg.pairs), run.device)
-    bank = run.cached("pairs", pairs, teacher, setting.noise(cfg.pairs, run.device), times, cond)
+    bank = Pairs(run, setting, teacher, times, cfg.pairs)
 
-    decides = (reflow, setting.name, cfg.shrink, cfg.annealing, cfg.anneal_share, cfg.flip, cfg.reflow_steps, cfg.batch, cfg.ema)
-    with run.stage("reflow", shared=(*decides, cfg.optimizer, bank)) as stage:
-        flow, guide = reflow(cfg, stage, setting, bank, cond)
+    def small() -> Denoiser:
+        return setting.small(cfg.shrink, prediction=parametrization(setting.process), dropout=cfg.dropout)
+
+    decides = (reflow, cfg.reflow, setting.name, repr(small()), bank.bank, bank.cond)
+    with run.stage("reflow", shared=decides) as stage:
+        flow, guide = reflow(cfg.reflow, stage, small(), bank)
     with run.stage("distil") as stage:
-        student = distil(cfg, stage, setting, flow, guide, bank, cond)
+        start = copy.deepcopy(flow).requires_grad_(True) if cfg.distil.start == "flow" else small()
+        student = run.unwrap(distil(cfg.distil, stage, start, guide, bank, cfg.reflow.flip))
+    return judge(cfg, run, setting, teacher, times, run.unwrap(guide), student)
 
-    # Fresh noise, the same for all: quality against the data, and distance to where the teacher's ODE ends.
-    real, words = setting.reference(cfg.evaluate, cfg.guidance, cfg.pair_steps, run.device)
-    z = setting.noise(cfg.evaluate, run.device)
-    ends = pairs(teacher, z, times, words)["x"]
-    curved, bend = many_steps(guide, z, words)
-    straight, x = one_step(guide, z, words), one_step(student, z, words)
-    rows = {"teacher, all steps": ends, "small flow, 20 steps": curved, "small flow, 1 step": straight, "student": x}
-    for name, samples in rows.items():
-        run.row(name, **setting.evaluate(run, samples, real), endpoint_error=float(squared(samples, ends).mean()))
-    setting.show(run, "samples", {"teacher": ends, "small flow, 20 steps": curved, "small flow, 1 step": straight, "student": x})
+
+def judge(
+    cfg: Config, run: Run, setting: Setting, teacher: nn.Module, times: list[float], guide: nn.Module, student: nn.Module
+) -> dict[str, float]:
+    """Fresh noise, the same for all: quality against the data, and distance to where the teacher's ODE ends."""
+    real, cond = setting.reference(cfg.evaluate, cfg.guidance, cfg.pair_steps, run.device)
+    z = setting.noise(len(real), run.device, cond)
+    parts, bends = [], []
+    for at in range(0, len(z), min(setting.at_once, 1000)):
+        some = slice(at, at + min(setting.at_once, 1000))
+        here, words = z[some], take(cond, some)
+        curved, bend = many_steps(guide, here, words)
+        ends = pairs(teacher, here, times, words, batch=len(here))["x"]
+        parts.append((ends, curved, one_step(guide, here, words), one_step(student, here, words)))
+        bends.append(bend * len(here))
+    names = ("teacher, all steps", "small flow, 20 steps", "small flow, 1 step", "student")
+    rows = dict(zip(names, map(torch.cat, zip(*parts)), strict=True))
+    ends = rows["teacher, all steps"]
+    found = {
+        name: {**setting.evaluate(run, samples, real), "endpoint_error": float(squared(samples, ends).mean())}
+        for name, samples in rows.items()
+    }
+    for name, metrics in found.items():
+        run.row(name, **metrics)
+    setting.show(run, "samples", rows)
     run.save_student(student, lambda net, folder: setting.save(net, folder, setting.process.grid(1), fresh_noise=False))
-    quality = {f"flow_{name}": value for name, value in setting.evaluate(run, curved, real).items()}
-    return (
-        setting.evaluate(run, x, real)
-        | quality
-        | {
-            "endpoint_error": float(squared(x, ends).mean()),
-            "flow_endpoint_error": float(squared(curved, ends).mean()),
-            "straightness": bend,
-            "parameters": float(sum(p.numel() for p in student.parameters())),
-        }
-    )
+    flow = {f"flow_{name}": value for name, value in found["small flow, 20 steps"].items()}
+    size = float(sum(p.numel() for p in student.parameters()))
+    return found["student"] | flow | {"straightness": sum(bends) / len(z), "parameters": size}

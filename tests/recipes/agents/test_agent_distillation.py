@@ -6,16 +6,21 @@ import pytest
 import torch
 
 from stillroom.catalogue import cards
-from stillroom.catalogue.execute import execute
+from stillroom.core.config import override
 from stillroom.core.errors import UserError
 from stillroom.core.run import Run
 from stillroom.core.store import Store
 from stillroom.data.entities import ALPHABET, SYMBOLS, by_digits, make_world
-from stillroom.lm.agent import Workbench, rollout
+from stillroom.lm import collect as collecting
+from stillroom.lm.agent import Episode, Workbench, rollout
+from stillroom.lm.collect import ask, collect, collect_thoughts
+from stillroom.lm.generate import Completion
 from stillroom.lm.sandbox import Sandbox
 from stillroom.lm.tokenizer import Characters
 from stillroom.lm.traces import Trace, tokenize
 from stillroom.recipes.agents import agent_distillation as recipe
+from stillroom.testing import trace
+from tests.recipes.common import assert_resumes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,26 +30,6 @@ def _isolated():
             box.run("1")
     except UserError as wrong:
         pytest.skip(str(wrong))
-
-
-@pytest.mark.parametrize(
-    "arm", ["cot, 3x steps, 8 votes", "agent", "cot+facts, 3x steps, 8 votes", "early, observations trained", "early, self-consistent"]
-)
-def test_arms_end_to_end(tmp_path, arm):
-    config = cards.config_of(recipe, arm, recipe.Config(trajectories=20, tests=4, width=16, batch_size=4))
-    with Run(tmp_path, 0, store=Store(tmp_path / "store")) as run:
-        metrics = execute("agent-distillation", config.__class__(**{**config.__dict__, "steps": 2}), run, arm=arm)["metrics"]
-    assert {"accuracy", "unseen", "ood"} <= metrics.keys()
-
-
-def test_the_worlds_teacher_is_scripted(tmp_path):
-    with Run(tmp_path, 0, store=Store(tmp_path / "store")) as run, pytest.raises(UserError, match="needs real questions"):
-        recipe.main(recipe.Config(teacher="hf:some/model", trajectories=4), run)
-
-
-def test_the_scripted_teacher_has_no_first_thought(tmp_path):
-    with Run(tmp_path, 0, store=Store(tmp_path / "store")) as run, pytest.raises(UserError, match="--teacher learned"):
-        recipe.main(recipe.Config(first_thought=True, trajectories=4), run)
 
 
 @pytest.mark.parametrize("part", ["known", "unseen", "large"])
@@ -203,14 +188,14 @@ def test_published_trajectories_train_a_real_student_with_lora(tmp_path):
         metrics = recipe.main(config, run)
     assert metrics["accuracy"] == 0
     assert (tmp_path / "run" / "student" / "adapter_config.json").exists()
-    assert recipe.ask(str(tmp_path / "q.jsonl")) == [("1+1?", "2")]
+    assert ask(str(tmp_path / "q.jsonl")) == [("1+1?", "2")]
 
 
-def test_real_questions_are_collected_with_first_thoughts_and_filtered(tmp_path, monkeypatch):
+def test_real_questions_are_collected_with_first_thoughts_and_filtered(tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in (1, 2)))
     heard = []
 
-    def served(cfg, run):
+    def served():
         def policy(conversations, openings, samples):
             heard.extend(openings)
             thinks = conversations[0][0]["content"] == recipe.COT_SYSTEM
@@ -219,19 +204,173 @@ def test_real_questions_are_collected_with_first_thoughts_and_filtered(tmp_path,
 
         return policy
 
-    monkeypatch.setattr(recipe, "served", served)
-    config = recipe.Config(questions=str(tmp_path / "q.jsonl"), teacher="openai:http://localhost/v1#m", first_thought=True, student="hf:x")
-    with Run(tmp_path / "run", 0, store=Store(tmp_path / "store")) as run, Sandbox({"final_answer": lambda value: value}) as box:
-        asked = recipe.ask(config.questions)
-        policy = recipe.served(config, run)
-        how = {"act": recipe.SYSTEM, "think": recipe.COT_SYSTEM, "system": recipe.SYSTEM}
-        traces, success = recipe.collect(config, policy, asked, Workbench(box), **how)
+    how = {"act": recipe.SYSTEM, "think": recipe.COT_SYSTEM, "system": recipe.SYSTEM, "teacher": "t", "first_thought": True}
+    with Sandbox({"final_answer": lambda value: value}) as box:
+        traces, success = collect(served(), ask(str(tmp_path / "q.jsonl")), Workbench(box), **how)
     assert success == 0.5
     assert heard == ["", ""] + ["Thought: add one\n\n"] * 2
     assert traces[0].segments[0].text == recipe.SYSTEM
     assert traces[0].segments[-1].text.startswith("Thought: add one\n\nCode:")
 
 
-def test_real_questions_need_a_real_student(tmp_path):
-    with Run(tmp_path, 0, store=Store(tmp_path / "store")) as run, pytest.raises(UserError, match="--student"):
-        recipe.main(recipe.Config(questions="q.jsonl"), run)
+# -- the loop
+SMALL = {"trajectories": 12, "tests": 3, "steps": 3, "width": 16, "batch_size": 4}
+
+
+def traced(run, watch=("sft", "to_rows", "solve", "rollout", "invented", "collect"), **changes):
+    return trace(recipe, run, {**SMALL, **changes}, watch=watch)
+
+
+def test_an_agent_learns_the_replies_of_the_scripted_teacher_and_is_tested_on_three_parts(run):
+    seen = traced(run)
+    assert seen.steps("student") == [0, 1, 2]
+    (rows,), world = seen.calls("to_rows"), make_world(0)
+    wanted = [q.replies() for q in world.questions(12, "train")]
+    assert [[s.text for s in trace.segments if s.trained] for trace in rows.args[1]] == wanted
+    assert rows.args[2:] == (False, 512)
+    for update, call in zip(seen.updates("student"), seen.calls("student")):
+        assert call.args == ()
+        assert int(update.count) > 0
+    tested = seen.calls("solve")
+    parts = ["known", "unseen", "large"]
+    assert [call.args[4] for call in tested] == [world.questions(3, "test", part) for part in parts]
+    assert [call.keywords["max_steps"] for call in seen.calls("rollout")] == [5] * 3
+    assert [seen.metrics[name] for name in ("accuracy", "unseen", "ood")] == [call.result[0] for call in tested]
+    assert seen.metrics["teacher_success"] == 1.0
+    (made_up,) = seen.calls("invented")
+    assert made_up.args[2] == tested[0].args[4]
+    assert {"parse_errors", "execution_errors", "failed_actions", "calls", "invented"} <= seen.metrics.keys()
+    assert (seen.nets["student"].spec["width"], seen.nets["student"].spec["layers"]) == (16, 2)
+    assert (run.folder / "trajectories.jsonl").read_text().count("\n") == 12
+
+
+@pytest.mark.parametrize("facts", [False, True])
+def test_a_chain_of_thought_is_learned_with_or_without_its_facts(run, facts):
+    seen = traced(run, student_learns="cot+facts" if facts else "cot", samples=2)
+    (rows,) = seen.calls("to_rows")
+    world = make_world(0)
+    for trace_, question in zip(rows.args[1], world.questions(12, "train"), strict=True):
+        assert [s.text for s in trace_.segments] == [question.text(world.facts if facts else None), question.thought(world.facts)]
+    assert not seen.calls("rollout")
+    assert not seen.calls("collect")
+    assert seen.metrics.keys() == {"accuracy", "unseen", "ood"}
+
+
+def test_the_control_trains_on_observations_and_samples_are_asked_for(run):
+    seen = traced(run, train_observations=True, samples=3)
+    assert seen.calls("to_rows")[0].args[2] is True
+    assert all(call.keywords["samples"] == 3 for call in seen.calls("rollout"))
+
+
+def test_a_learned_teacher_reports_how_it_thinks_and_acts(run, monkeypatch):
+    asked = []
+
+    def policy(chats, openings, samples):
+        asked.append([chat[0]["content"] for chat in chats])
+        questions = {q.text(): q for q in make_world(0).questions(12, "train")}
+        if chats[0][0]["content"] == recipe.THINK:
+            return [["#### 0"]] * len(chats)
+        return [[questions[chat[1]["content"]].replies()[sum(m["role"] == "assistant" for m in chat)]] for chat in chats]
+
+    monkeypatch.setattr(recipe, "learned", lambda *_: (None, None))
+    monkeypatch.setattr(recipe, "greedy", lambda *_: policy)
+    monkeypatch.setattr(recipe, "solve", lambda *_: (0.0, [Episode([], steps=1)]))
+    seen = traced(run, watch=(), teacher="learned")
+    assert set(asked[0]) == {"think"}
+    assert all(set(systems) == {"act"} for systems in asked[1:])
+    assert seen.metrics["teacher_success"] == 1.0
+    assert seen.metrics["teacher_cot"] < 0.5
+
+
+def test_conduct_is_over_all_steps():
+    episodes = [Episode([], "1", 1, 2, 3, 4), Episode([], None, 0, 1, 2, 6)]
+    want = {"parse_errors": 0.1, "execution_errors": 0.3, "failed_actions": 0.4, "calls": 2.5}
+    assert recipe.conduct(episodes) == pytest.approx(want)
+
+
+def test_invented_observations_are_those_with_a_digit_after_a_users_mark(monkeypatch):
+    tokenizer, questions = Characters(ALPHABET, symbols=SYMBOLS), make_world(0).questions(4, "x")
+    given = []
+
+    def generate(net, prompts, tokenizer, **how):
+        given.extend(prompts)
+        texts = ["<|user|>12", "<|user|>ab", "12", "<|user|>9"]
+        return [[Completion(tokenizer.encode(text), [], "", True)] for text in texts]
+
+    monkeypatch.setattr(recipe, "generate", generate)
+    assert recipe.invented(tokenizer, None, questions) == 0.5
+    assert [tokenizer.decode(p) for p in given] == [f"<|user|>{q.text()}<|end|><|assistant|>{q.replies()[0]}<|end|>" for q in questions]
+
+
+def test_sampling_and_greedy_students_stop_where_they_are_told(monkeypatch):
+    heard = []
+
+    def reply(net, tokenizer, chats, *, opening, **how):
+        heard.append(how)
+        return [[Completion([], [], first + "x", True)] * how.get("samples", 1) for first in opening]
+
+    monkeypatch.setattr(recipe, "reply", reply)
+    monkeypatch.setattr(collecting, "reply", reply)
+    sampling = recipe.policy_of(recipe.Config(samples=2), None, None, 7, ("S",))
+    assert sampling([[]], ["o"], 2) == [["ox", "ox"]]
+    assert heard[-1] == {"max_new_tokens": 7, "temperature": 0.4, "top_p": 0.8, "stop": ("S",), "samples": 2}
+    assert recipe.policy_of(recipe.Config(), None, None, 7, ("S",))([[]], ["o"], 1) == [["ox"]]
+    assert heard[-1] == {"max_new_tokens": 7, "temperature": 0, "stop": ("S",)}
+
+
+REAL = {"questions": "q.jsonl", "student": "hf:x", "teacher": "hf:y"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"teacher": "hf:some/model"}, "needs real questions"),
+        ({"first_thought": True}, "--teacher learned"),
+        ({"questions": "q.jsonl"}, "--student"),
+        ({**REAL, "teacher": "scripted"}, "knows the world only"),
+        ({**REAL, "student_learns": "cot+facts"}, "facts to retrieve"),
+        ({"published": "t.jsonl", "student": "hf:x", "student_learns": "cot"}, "an agent's trajectories"),
+        ({"published": "t.jsonl", "student": "hf:x", "teacher": "hf:y"}, "not collected again"),
+        ({**REAL, "samples": 2}, "no --test-questions"),
+        ({**REAL, "width": 3}, "its own size"),
+        ({**REAL, "teacher_acts": 3}, "only the world"),
+        ({"student_learns": "cot", "train_observations": True}, "only an agent"),
+        ({"student_learns": "cot", "max_steps": 3}, "only an agent"),
+        ({"student_learns": "cot", "teacher": "learned"}, "the world writes"),
+        ({"temperature": 0.5}, "which is greedy"),
+        ({"top_p": 0.5}, "which is greedy"),
+        ({"student": "hf:x"}, "for real questions"),
+        ({"lora_rank": 3}, "for real questions"),
+        ({"teacher_steps": 3}, "not learned"),
+    ],
+)
+def test_what_cannot_be_asked_or_would_do_nothing_is_refused(changes, why):
+    with pytest.raises(UserError, match=why):
+        recipe.check_flags(override(recipe.Config(), changes))
+
+
+@pytest.mark.parametrize("arm", recipe.ARMS)
+def test_arms_use_all_their_flags(arm):
+    recipe.check_flags(cards.config_of(recipe, arm))
+
+
+def test_chains_of_thought_on_real_questions_are_filtered_by_their_answer(tmp_path):
+    rows = [{"question": "capital of France?", "answer": "Paris"}, {"question": "1+1?", "answer": "two steps\n#### 2"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ask(str(tmp_path / "q.jsonl"))
+    assert asked == [("capital of France?", "Paris"), ("1+1?", "2")]
+    says = lambda *texts: lambda chats, openings, samples: [[text] * samples for text in texts]
+    traces, share = collect_thoughts(says("it is\n#### Paris.", "#### 3"), asked, teacher="t", think="T")
+    assert share == 0.5
+    assert [(s.role, s.text) for s in traces[0].segments] == [
+        ("system", "T"), ("user", "capital of France?"), ("assistant", "it is\n#### Paris.")
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="none of 2"):
+        collect_thoughts(says("Paris", "2"), asked, teacher="t", think="T")
+
+
+def test_a_resumed_run_collects_nothing_again_and_ends_bitwise(tmp_path, monkeypatch):
+    calls, real = [], recipe.collect
+    monkeypatch.setattr(recipe, "collect", lambda *args, **how: calls.append(1) or real(*args, **how))
+    assert_resumes("agent-distillation", tmp_path, 2, SMALL)
+    assert len(calls) == 2  # once for the straight run, once for the killed one

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from stillroom import cli
+from stillroom.core.errors import UserError
 from stillroom.core.run import Run
+from stillroom.data.embedded import digits
+from stillroom.data.images import hold_out
 from stillroom.recipes.classification import teacher_guidance as tg
 
 F64 = torch.float64
@@ -125,6 +128,26 @@ def test_deep_teacher_is_frozen_in_eval_mode_and_students_start_fresh(run: Run, 
     assert all(teacher is not None for _, teacher, _, _ in seen[1:])
     assert len({id(net) for *_, net in seen}) == len(seen)
     assert 0 <= metrics["label_weight"] <= 1
+
+
+def test_the_held_out_images_are_balanced_whatever_the_order_and_none_is_trained_on() -> None:
+    plain = digits(0, labelled=200, transfer=0)
+    sorted_data = dataclasses.replace(plain, train=plain.train.subset(plain.train.labels.argsort()))
+    data, held_out = hold_out(sorted_data, 100, 0)
+    assert held_out.labels.bincount().tolist() == [10] * 10
+    assert len(data.train) == 100
+    assert not (data.train.pixels[:, None] == held_out.pixels[None]).flatten(2).all(2).any()
+    for count in (0, 200):
+        with pytest.raises(UserError, match="--validation"):
+            hold_out(sorted_data, count, 0)
+
+
+def test_the_label_weight_weighs_the_labels() -> None:
+    z, y = torch.tensor([[0.0, 0.0]], dtype=F64), torch.tensor([[1.0, 0.0]], dtype=F64)
+    parts = tg.guided(z, y, torch.tensor([[0.9, 0.1]], dtype=F64), 0.25)  # p = (1/2, 1/2)
+    assert parts["labels"].item() == pytest.approx(0.25 * 0.25)
+    assert parts["teacher"].item() == pytest.approx(0.75 * 0.16)
+    assert tg.guided(z, y, None, 1.0).keys() == {"labels"}
 
 
 def test_end_to_end(tmp_path, capsys) -> None:

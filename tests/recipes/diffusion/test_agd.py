@@ -20,8 +20,7 @@ from stillroom.diffusion.sampling import sample
 from stillroom.nets.denoisers import PointNet
 from stillroom.recipes.diffusion import agd
 from stillroom.recipes.diffusion.agd import Config, record
-
-from .tiny import PIPELINES, call, size, untrained
+from tests.diffusion.tiny import PIPELINES, call, size, untrained
 
 QUICK: dict[str, Any] = {"trajectories": 6, "steps": 4, "updates": 3, "batch": 5, "evaluate": 6, "width": 8}
 

@@ -15,8 +15,7 @@ from stillroom.diffusion.exact import Gaussian
 from stillroom.diffusion.processes import EDM, VP, Flow, Process, ReversedFlow, Trig
 from stillroom.recipes.diffusion import phased_dmd
 from stillroom.recipes.diffusion.phased_dmd import Config, fake_goal
-
-from .tiny import FLOWS, PIPELINES, size, untrained
+from tests.diffusion.tiny import FLOWS, PIPELINES, size, untrained
 
 QUICK = {"updates": 2, "fake_updates": 1, "batch": 4, "toy_steps": 0, "evaluate": 16}
 

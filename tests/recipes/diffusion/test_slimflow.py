@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from stillroom.diffusion.settings import digit_mixture
 
 from stillroom.core.run import Run
 from stillroom.core.store import Store
@@ -16,12 +17,10 @@ from stillroom.diffusion.denoiser import Prediction
 from stillroom.diffusion.exact import Gaussian, Mixture
 from stillroom.diffusion.processes import Flow
 from stillroom.diffusion.sampling import pairs
-from stillroom.diffusion.settings import digit_mixture
 from stillroom.recipes.diffusion import slimflow
 from stillroom.recipes.diffusion.slimflow import EPS, FLOW, Config, coupling, flipped, one_step, two_step_target, velocity
 from stillroom.testing import assert_grads
-
-from .tiny import PIPELINES, size, untrained
+from tests.diffusion.tiny import PIPELINES, size, untrained
 
 QUICK: dict[str, Any] = {"pairs": 12, "pair_steps": 3, "reflow_steps": 3, "distil_steps": 2, "batch": 4, "evaluate": 24}
 

@@ -1,191 +1,224 @@
-"""Gated attention: end to end, the sink task's targets, the tools it is measured with, and other libraries' weights."""
+"""Gated attention: the sink task's targets and rates, the language task's loss, and what both loops do."""
+
+import math
 
 import pytest
 import torch
 
-from stillroom.catalogue.execute import execute
+from stillroom.catalogue import cards
+from stillroom.core.config import override
 from stillroom.core.errors import UserError
+from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
-from stillroom.data.sequences import BackCopy
-from stillroom.lm.diagnostics import attention_maps, first_token_share, gate_scores, massive_activation, spikes
+from stillroom.data.sequences import BackCopy, Rows
+from stillroom.lm.diagnostics import attention_maps, gate_scores
 from stillroom.lm.teachers import load_causal
-from stillroom.nets.decoder import Attention, Decoder, GateOptions, gated_hidden, rotary
-from stillroom.nets.gated_weights import split_qwen3_next, split_reference
+from stillroom.nets.decoder import Decoder, GateOptions
 from stillroom.recipes.language import gated_attention as recipe
+from stillroom.testing import trace
+from tests.recipes.common import assert_resumes
+
+SMALL = {"sink_steps": 3, "steps": 3, "width": 16, "hidden": 32, "length": 10, "batch_size": 4, "test_limit": 80}
+WATCH = ["sink_ids", "sink_targets", "sink_loss", "language_loss", "pretrain"]
 
 
-def test_end_to_end(tmp_path):
-    config = recipe.Config(sink_steps=4, steps=4, sweep=(1e-2,))
-    with Run(tmp_path, 0) as run:
-        metrics = execute("gated-attention", config, run)["metrics"]
-    assert {"sink_share", "gate_silent", "ce", "trigger_ce", "first_token_share", "ce_at_0.01"} <= metrics.keys()
-    assert (tmp_path / "sink" / "samples" / "gate scores.svg").exists()
-    load_causal(f"run:{tmp_path}")
+def traced(run, **changes):
+    return trace(recipe, run, {**SMALL, **changes}, watch=WATCH)
 
 
-def test_a_text_file_and_a_missing_one(tmp_path):
-    (tmp_path / "t.txt").write_text("to be or not to be\n" * 40)
-    with Run(tmp_path / "run", 0) as run:
-        metrics = recipe.main(recipe.Config(sink_steps=0, steps=2, data=str(tmp_path / "t.txt")), run)
-    assert "trigger_ce" not in metrics
-    with pytest.raises(UserError, match="no such file"):
-        recipe.language(recipe.Config(data="missing.txt"), 0)
-
-
-def test_sink_targets_are_the_predecessors_of_triggers():
+# -- the sink task
+def test_targets_are_the_predecessors_of_triggers_and_silence_elsewhere():
     answers = torch.randn(32, recipe.ANSWER)
-    ids, target, asked = recipe.sink_batch(50, answers)
+    ids = torch.tensor([[0, 3, 6, 9, 1, 7, 6]])
+    target, asked = recipe.sink_targets(ids, answers)
+    assert asked.tolist() == [[False, False, True, False, True, False, True]]
+    want = torch.stack([torch.zeros(16), torch.zeros(16), answers[3], torch.zeros(16), answers[9], torch.zeros(16), answers[7]])
+    assert torch.equal(target[0], want)
+
+
+def test_words_are_uniform_after_the_first():
+    torch.manual_seed(0)
+    ids = recipe.sink_ids(2000)
+    assert ids.shape == (2000, recipe.SINK_LENGTH)
     assert (ids[:, 0] == recipe.BOS).all()
-    for b, t in [(0, 0), (0, 1), (3, 7), (11, 20)]:
-        trigger = t >= 2 and ids[b, t] <= recipe.TRIGGERS
-        assert asked[b, t] == trigger
-        torch.testing.assert_close(target[b, t], answers[ids[b, t - 1]] if trigger else torch.zeros(recipe.ANSWER))
+    assert torch.bincount(ids[:, 1:].flatten(), minlength=32).float().div(2000 * 23).sub(1 / 31)[1:].abs().max() < 0.003
+    assert int(ids[:, 1:].min()) == 1
+    assert int(ids.max()) == 31
 
 
-def test_back_copy_follows_its_own_rule():
-    source = BackCopy()
-    ids = source.draw(400, 32, torch.Generator().manual_seed(0))
-    after = source.is_trigger(ids[:, 1:-1])
-    assert (ids[:, 2:][after] == ids[:, :-2][after]).all()
-    assert source.log_probs(ids).isfinite().all()
-    free = ~source.is_trigger(ids[:, :-1])
-    counts = torch.zeros(64, 64).index_put_((ids[:, :-1][free], ids[:, 1:][free]), torch.tensor(1.0), accumulate=True)
-    seen = counts.sum(-1) > 100
-    assert (counts / counts.sum(-1, keepdim=True) - source.table())[seen].abs().max() < 0.15
+def test_the_sink_loss_is_a_mean_over_the_vector_only():
+    answered, target = torch.zeros(1, 2, 4), torch.tensor([[[1.0, 1, 1, 3], [0, 0, 0, 2]]])
+    assert recipe.sink_loss(answered, target).tolist() == [3.0, 1.0]
 
 
-X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
-TURN = rotary(torch.arange(5).expand(2, 5), 8, 100.0)
-
-
-def by_hand(net, gate_at):
-    """Attention of grouped queries written out per head, with the gate applied by `gate_at(place, y, head)`."""
-    out = []
-    for h in range(net.heads):
-        kv = h // (net.heads // net.kv_heads)
-        rows, shared = slice(h * 8, h * 8 + 8), slice(kv * 8, kv * 8 + 8)
-        q, k, v = gate_at("query", X @ net.q.weight[rows].T, h), gate_at("key", X @ net.k.weight[shared].T, kv), X @ net.v.weight[shared].T
-        v = gate_at("value", v, kv)
-        cos, sin = (t[:, 0] for t in TURN)
-        half = lambda x: torch.cat([-x[..., 4:], x[..., :4]], -1)
-        q, k = q * cos + half(q) * sin, k * cos + half(k) * sin
-        scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
-        out.append(gate_at("output", scores.softmax(-1) @ v, h))
-    return gate_at("projected", torch.cat(out, -1) @ net.o.weight.T, 0)
-
-
-@pytest.mark.parametrize("position", ["output", "value", "key", "query", "projected"])
-@pytest.mark.parametrize("granularity", ["elementwise", "headwise"])
-def test_every_position_against_attention_by_hand(position, granularity):
+def test_an_attention_without_residual_or_bias_is_silent_when_its_gate_is_shut():
     torch.manual_seed(0)
-    net = Attention(16, 4, kv_heads=2, channels=8, gate=GateOptions(position, granularity))
-    width = (16 if position == "projected" else 8) if granularity == "elementwise" else 1
+    net = recipe.Sink(GateOptions("output", "headwise"))
+    assert not [name for name, _ in net.named_parameters() if name.endswith("bias")]
+    for name, weight in net.attention.named_parameters():
+        assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.15), name
+    ids = recipe.sink_ids(3)
+    assert net(ids).shape == (3, 24, 16)
+    net.attention.gate.linear.weight.data.fill_(0.0)
+    half = net(ids)
+    with torch.no_grad():
+        whole = recipe.Sink(None)
+        whole.load_state_dict({k: v for k, v in net.state_dict().items() if "gate" not in k})
+        torch.testing.assert_close(half, whole(ids) / 2)
+    changed = ids.clone()
+    changed[:, -1] = 31
+    torch.testing.assert_close(net(changed)[:, :-1], half[:, :-1])
 
-    def gate_at(place, y, head):
-        if place != position:
-            return y
-        return y * torch.sigmoid(X @ net.gate.linear.weight[head * width : (head + 1) * width].T)
 
-    torch.testing.assert_close(net(X, TURN), by_hand(net, gate_at))
+def test_some_parameters_learn_at_a_multiple_of_the_rate(run):
+    net = recipe.Sink(GateOptions())
+    optimizer = Optimizer("adamw", 1e-2, schedule="cosine", warmup=1, weight_decay=0.1)
+    held, built = run.trainable("net", net, optimizer)
+    recipe.hasten(built, (held_gate := net.attention.gate).parameters(), 10.0)
+    fast = [p for group in built.param_groups if group.get("ratio", 1.0) == 10.0 for p in group["params"]]
+    assert [id(p) for p in fast] == [id(p) for p in held_gate.parameters()]
+    assert sum(len(group["params"]) for group in built.param_groups) == len(list(held.parameters()))
+    before = {name: p.detach().clone() for name, p in held.named_parameters()}
+    for step in run.steps(2):
+        rates = {group.get("ratio", 1.0): group["lr"] for group in built.param_groups}
+        assert rates == {1.0: optimizer.rate(step, 2), 10.0: pytest.approx(10 * optimizer.rate(step, 2))}
+        assert all(group["weight_decay"] == 0.1 for group in built.param_groups)
+        run.update(built, recipe.sink_loss(held(recipe.sink_ids(8)), torch.ones(8, 24, 16)))
+        if step == 0:  # Adam's first step has the size of its rate
+            moved = {name: float((p - before[name]).abs().max()) for name, p in held.named_parameters()}
+    assert moved["attention.gate.linear.weight"] == pytest.approx(10 * moved["attention.o.weight"], rel=0.1)
 
 
-def test_variants_of_the_gate():
+def test_the_sink_loop_learns_fresh_words_and_reports_where_heads_look(run):
+    seen = traced(run, steps=1)
+    drawn = seen.calls("sink_ids", "sink")
+    assert seen.steps("net", "sink") == [0, 1, 2]
+    assert [call.args for call in drawn] == [(64,)] * 3 + [(256,)]
+    assert len({call.result.sum().item() for call in drawn}) == 4
+    for call, loss in zip(seen.calls("sink_targets"), seen.calls("sink_loss")):
+        assert torch.equal(loss.args[1], call.result[0])
+        assert torch.equal(call.args[1], torch.randn(32, 16, generator=torch.Generator().manual_seed(0)))
+    assert seen.losses("net", "mse") == [float(call.result.mean()) for call in seen.calls("sink_loss")[:3]]
+    # The figures, counted anew.
+    net, ids = seen.nets["net"], drawn[-1].result
+    asked = (ids >= 1) & (ids <= 6)
+    asked[:, :2] = False
+    late = torch.zeros_like(asked)
+    late[:, 4:] = True
+    (weights,), (scores,) = attention_maps(net, ids), gate_scores(net, ids)
+    first, level = weights[..., 0].mean(1), scores.mean((-1, -2))
+    want = {
+        "sink_share": first[~asked & late].mean(), "sink_share_trigger": first[asked & late].mean(),
+        "gate_silent": level[~asked & late].mean(),
+        "gate_trigger": level[asked & late].mean(), "gate_closed": (scores < 0.1).float().mean(),
+        "sink_mse": (net(ids) - seen.calls("sink_targets")[-1].result[0]).square().mean(),
+    }  # fmt: skip
+    for name, value in want.items():
+        assert seen.metrics[name] == pytest.approx(value.item(), rel=1e-4), name
+    assert seen.optimizers["net"].param_groups[-1]["ratio"] == 10.0
+
+
+# -- the language task
+def test_language_loss_is_the_next_words_and_counts_the_trained():
+    logits, labels = torch.randn(1, 4, 5), torch.tensor([[1, -100, 3, 0]])
+    values, count = recipe.language_loss(logits, labels)
+    log_q = logits.log_softmax(-1)
+    torch.testing.assert_close(values[0], torch.stack([torch.zeros(()), -log_q[0, 1, 3], -log_q[0, 2, 0]]))
+    assert int(count) == 2
+
+
+def test_the_language_loop_learns_fresh_sentences(run):
+    seen = traced(run, sink_steps=0)
+    assert not seen.calls("sink_ids")
+    assert seen.steps("student") == [0, 1, 2]
+    read = [call.args[0] for call in seen.calls("student") if call.grad]
+    assert [tuple(ids.shape) for ids in read] == [(4, 10)] * 3
+    assert len({ids.sum().item() for ids in read}) == 3
+    losses = seen.calls("language_loss")
+    assert [int(update.count) for update in seen.updates("student")] == [36] * 3
+    assert seen.losses("student", "ce") == [float(call.result[0].mean()) for call in losses[:3]]
+    assert seen.losses("student", "ce")[0] == pytest.approx(math.log(64), rel=0.05)
+    (made,) = seen.calls("pretrain")
+    assert made.result[1] == pytest.approx(seen.losses("student", "ce"))
+    assert {"ce", "trigger_ce", "first_token_share", "spikes", "massive_activation"} == seen.metrics.keys()
+
+
+def test_a_limit_or_a_file_gives_the_same_sentences_again(run, tmp_path):
+    seen = traced(run, sink_steps=0, limit=4, steps=2)
+    read = [call.args[0] for call in seen.calls("student") if call.grad]
+    assert sorted(read[0].tolist()) == sorted(read[1].tolist()) == sorted(recipe.Config(**{k: SMALL[k] for k in ("length",)}, limit=4)
+                                                                          .rows(None, 0)[0].ids.tolist())  # fmt: skip
+
+
+def test_a_text_file_is_read_by_characters_and_its_student_loads(tmp_path):
+    (tmp_path / "t.txt").write_text("to be or not to be\n" * 40)
+    with Run(tmp_path / "run", 0, plots=False) as run:
+        seen = traced(run, sink_steps=0, data=str(tmp_path / "t.txt"), kv_heads=1, heads=2)
+    assert "trigger_ce" not in seen.metrics
+    net, words = load_causal(f"run:{tmp_path / 'run'}")
+    assert len(words) == net.spec["vocabulary"] == 13
+    assert (net.spec["kv_heads"], net.spec["heads"], net.spec["tied"], net.spec["rope_base"]) == (1, 2, False, 10_000.0)
+
+
+def test_measure_is_the_mean_over_all_words_and_over_those_after_triggers():
     torch.manual_seed(0)
-    y = torch.randn(2, 5, 4, 8)
-    net = lambda **how: Attention(16, 4, channels=8, gate=GateOptions(**how)).gate
-    assert (net(activation="ns_sigmoid").scores(X) > 0.5).all()
-    shared = net(granularity="headwise", shared=True)
-    torch.testing.assert_close(shared.scores(X), shared.linear(X).sigmoid().mean(-1)[..., None, None])
-    torch.testing.assert_close(net(input_dependent=False)(X, y), y / 2)
-    added = net(combine="add", activation="silu")
-    torch.testing.assert_close(added(X, y), y + torch.nn.functional.silu(added.linear(X).unflatten(-1, (4, 8))))
+    net, test = Decoder(64, 16, 1, 1), Rows.plain(BackCopy().draw(70, 10, torch.Generator().manual_seed(0)))
+    values = -net(test.ids).logits[:, :-1].log_softmax(-1).gather(-1, test.ids[:, 1:, None]).squeeze(-1)
+    found = recipe.measure(recipe.Config(), net, test)
+    assert found["ce"] == pytest.approx(values.mean().item(), rel=1e-5)
+    after = [values[i, t] for i in range(70) for t in range(1, 9) if 1 <= test.ids[i, t] <= 4]
+    assert found["trigger_ce"] == pytest.approx(torch.stack(after).mean().item(), rel=1e-5)
+    assert recipe.measure(recipe.Config(data="t.txt"), net, test).keys() == {"ce"}
 
 
-@pytest.mark.parametrize("granularity", ["elementwise", "headwise"])
-def test_parameters_match(granularity):
-    count = lambda net: sum(p.numel() for p in net.parameters())
-    gated = Decoder(50, 64, 2, 4, hidden=gated_hidden(64, 256, 4, granularity), gate=GateOptions(granularity=granularity))
-    assert count(gated) == count(Decoder(50, 64, 2, 4, hidden=256))
+def test_a_gated_student_gives_up_feed_forward_width_for_its_gate(run, tmp_path):
+    seen = traced(run, sink_steps=0, gate="value", heads=4, kv_heads=2, steps=1)
+    spec = seen.nets["student"].spec
+    assert spec["hidden"] == 32 - 4  # 2 heads of 4 channels cost 8 rows, of which a unit saves two
+    assert spec["gate"]["position"] == "value"
+    with Run(tmp_path / "none", 0, plots=False) as other:
+        assert traced(other, sink_steps=0, gate="none", steps=1).nets["student"].spec["hidden"] == 32
 
 
-def test_decoder_reads_padded_and_cached_input_alike():
-    torch.manual_seed(0)
-    net = Decoder(20, 16, 2, 2, kv_heads=1, gate=GateOptions(), qk_norm=True).eval()
-    ids = torch.randint(20, (1, 7))
-    whole = net(ids).logits
-    padded = net(
-        torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1), attention_mask=torch.tensor([[0] * 3 + [1] * 7]),
-        position_ids=torch.tensor([[0] * 3 + list(range(7))]),
-    ).logits[:, 3:]  # fmt: skip
-    torch.testing.assert_close(padded, whole)
-    first = net(ids[:, :4], use_cache=True)
-    rest = net(ids[:, 4:], past_key_values=first.past_key_values, use_cache=True).logits
-    torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole)
-    assert net(ids, logits_to_keep=1).logits.shape[1] == 1
+def test_a_sweep_trains_every_rate_alike_and_finds_the_best(run):
+    seen = traced(run, sink_steps=0, sweep=(1e-5, 2e-3), steps=2)
+    assert {f"ce_at_{rate:g}" for rate in (1e-5, 2e-3, 5e-3)} <= seen.metrics.keys()
+    assert seen.metrics["ce_at_0.005"] == seen.metrics["ce"]
+    assert [call.args[2].lr for call in seen.calls("pretrain")] == [5e-3, 1e-5, 2e-3]
+    assert all(call.args[2].clip == 1.0 for call in seen.calls("pretrain"))
+    found = {rate: seen.metrics[f"ce_at_{rate:g}"] for rate in (1e-5, 2e-3, 5e-3)}
+    assert seen.metrics["log_best_rate"] == math.log10(min(found, key=found.get))
+    assert seen.steps("student", "rate 1e-05") == [0, 1]
+    assert seen.metrics["ce_at_1e-05"] == pytest.approx(math.log(64), rel=0.02)
 
 
-def test_decoder_is_causal_and_equals_transformers_attention():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        rope_theta=10_000.0, attn_implementation="eager",
-    )  # fmt: skip
-    theirs = transformers.LlamaForCausalLM(config).eval().model.layers[0].self_attn
-    ours = Attention(16, 4, kv_heads=2)
-    for mine, name in ((ours.q, "q_proj"), (ours.k, "k_proj"), (ours.v, "v_proj"), (ours.o, "o_proj")):
-        mine.weight.data = getattr(theirs, name).weight.data
-    cos, sin = rotary(torch.arange(5).expand(2, 5), 4, 10_000.0)
-    mask = torch.zeros(1, 1, 5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
-    want, weights = theirs(X, position_embeddings=(cos[:, 0], sin[:, 0]), attention_mask=mask)
-    torch.testing.assert_close(ours(X, (cos, sin)), want)
-    torch.testing.assert_close(ours.weights(X, (cos, sin)), weights)
+@pytest.mark.parametrize(("changes", "why"), [
+    ({"gate": "none", "shared": True}, "--gate is none"),
+    ({"gate": "none", "granularity": "headwise"}, "--gate is none"),
+    ({"gate": "none", "activation": "silu"}, "--gate is none"),
+    ({"gate": "none", "combine": "add"}, "--gate is none"),
+    ({"gate": "none", "input_dependent": False}, "--gate is none"),
+    ({"gate": "none", "sink_gate_rate": 1.0}, "--gate is none"),
+    ({"sink_steps": 0, "sink_gate_rate": 1.0}, "--sink-steps is 0"),
+    ({"sink_steps": 0, "sink_optimizer.lr": 1.0}, "--sink-steps is 0"),
+    ({"gate": "projected", "shared": True}, "knows no heads"),
+])  # fmt: skip
+def test_a_flag_without_effect_is_refused(changes, why):
+    with pytest.raises(UserError, match=why):
+        recipe.check_flags(override(recipe.Config(), changes))
 
 
-def test_qwen3_next_weights_give_its_own_attention():
-    qwen = pytest.importorskip("transformers.models.qwen3_next")
-    torch.manual_seed(0)
-    config = qwen.Qwen3NextConfig(
-        hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=1, attn_implementation="eager"
-    )
-    theirs = qwen.modeling_qwen3_next.Qwen3NextAttention(config, 0).eval()
-    ours = Attention(16, 4, kv_heads=2, channels=8, gate=GateOptions(), qk_norm=True)
-    query, gate = split_qwen3_next(theirs.q_proj.weight, 4)
-    ours.q.weight.data, ours.gate.linear.weight.data = query.data, gate.data
-    for mine, name in ((ours.k, "k_proj"), (ours.v, "v_proj"), (ours.o, "o_proj")):
-        mine.weight.data = getattr(theirs, name).weight.data
-    cos, sin = TURN
-    mask = torch.zeros(1, 1, 5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
-    want, _ = theirs(X, position_embeddings=(cos[:, 0], sin[:, 0]), attention_mask=mask)
-    torch.testing.assert_close(ours(X, TURN), want)
+@pytest.mark.parametrize("arm", recipe.ARMS)
+def test_arms_use_all_their_flags_and_say_what_gate_they_mean(arm):
+    cfg = cards.config_of(recipe, arm)
+    recipe.check_flags(cfg)
+    gate = recipe.options(cfg)
+    assert (gate is None) == (cfg.gate == "none")
+    if gate:
+        assert (gate.position, gate.granularity, gate.shared, gate.activation, gate.combine, gate.input_dependent) == (
+            cfg.gate, cfg.granularity, cfg.shared, cfg.activation, cfg.combine, cfg.input_dependent
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("granularity", ["elementwise", "headwise"])
-def test_the_references_rows_are_ordered_by_group(granularity):
-    heads, kv_heads, c = 4, 2, 3
-    per = c if granularity == "elementwise" else 1
-    label = lambda kind, h, n: [[kind, h, i] for i in range(n)]
-    rows = []
-    for group in range(kv_heads):
-        members = [group * 2, group * 2 + 1]
-        rows += [row for h in members for row in label(0, h, c)] + [row for h in members for row in label(1, h, per)]
-    query, gate = split_reference(torch.tensor(rows), heads, kv_heads, granularity)
-    assert query.tolist() == [row for h in range(heads) for row in label(0, h, c)]
-    assert gate.tolist() == [row for h in range(heads) for row in label(1, h, per)]
-    with pytest.raises(UserError, match="is no"):
-        split_reference(torch.tensor(rows)[:-1], heads, 1, granularity)
-
-
-def test_diagnostics():
-    torch.manual_seed(0)
-    net, ids = Decoder(20, 16, 2, 2, gate=GateOptions(granularity="headwise")), torch.randint(20, (3, 9))
-    maps = attention_maps(net, ids)
-    assert [m.shape for m in maps] == [(3, 2, 9, 9)] * 2
-    torch.testing.assert_close(maps[0].sum(-1), torch.ones(3, 2, 9))
-    assert [s.shape for s in gate_scores(net, ids)] == [(3, 9, 2, 1)] * 2
-    assert massive_activation(net, ids) > 0
-    weights = torch.zeros(1, 1, 6, 6)
-    weights[..., 4, 0], weights[..., 5, 0] = 0.2, 0.6
-    assert first_token_share(weights).item() == pytest.approx(0.4)
-    assert first_token_share(weights, torch.tensor([False] * 5 + [True])).item() == pytest.approx(0.6)
-    assert spikes([1.0, 1.1, 2.0, 1.0, float("nan")]) == 2
+def test_a_killed_run_goes_on_bitwise(tmp_path):
+    assert_resumes("gated-attention", tmp_path, 4, SMALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 
 from stillroom.catalogue.claims import Claim
@@ -32,6 +33,8 @@ CLAIMS = [
 def main(cfg, run):
     with open(os.environ["HELLO_LOG"], "a") as log:
         log.write(f"{cfg.offset:g}/{run.seed} {os.getpid()}\n")
+    if os.path.exists("SLOW"):
+        time.sleep(30)
     if run.seed == cfg.fail_at and os.path.exists("FAIL"):
         raise KeyboardInterrupt
     noise = (run.seed * 7919 % 13) / 13

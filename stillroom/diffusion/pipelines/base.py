@@ -1,13 +1,7 @@
-"""diffusers pipelines as teachers, and students that plain diffusers loads.
-
-Pipelines around one U-Net or one transformer: Stable Diffusion 1.x / 2.x (epsilon or v), SDXL, Stable Diffusion 3 and Flux (flow), and
-unconditional DDPM-style pixel U-Nets. The network becomes a `Denoiser` in the process that the pipeline's scheduler describes; text is
-encoded by the pipeline's own `encode_prompt`, latents are decoded by its VAE.
-"""
+"""One diffusers pipeline: its network as a denoiser, its words and latents, and students that plain diffusers loads."""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Sequence
@@ -17,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.core.errors import UserError, needs
+from stillroom.core.errors import UserError
 from stillroom.diffusion.denoiser import Denoiser, PredictionType
 from stillroom.diffusion.processes import VP, Flow, Process
 
 PREDICTIONS: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-"""What a LoRA student adapts."""
 
 
 class Backbone(nn.Module):
@@ -33,40 +25,25 @@ class Backbone(nn.Module):
         super().__init__()
         self.net = net
 
+    @property
+    def middle(self) -> nn.Module:
+        """The module whose output an adversarial head reads."""
+        if hasattr(self.net, "mid_block"):
+            return self.net.mid_block
+        blocks = self.net.transformer_blocks
+        return blocks[len(blocks) // 2]
+
+    @property
+    def features(self) -> int:
+        """Its width."""
+        return self.net.config.block_out_channels[-1] if hasattr(self.net, "mid_block") else self.net.inner_dim
+
     def forward(self, x: Tensor, time: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
-        words: dict[str, Any] = dict(cond or {})
-        added = {name: words.pop(name) for name in ("text_embeds", "time_ids") if name in words}
+        given: dict[str, Any] = dict(cond or {})
+        added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
         if added:
-            words["added_cond_kwargs"] = added
-        return self.net(x, timestep=time, return_dict=False, **words)[0]
-
-
-class Packed(Backbone):
-    """A Flux transformer, which sees 2x2 patches of the latents as tokens; text tokens have no position."""
-
-    def forward(self, x: Tensor, time: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
-        assert cond is not None
-        h, w = x.shape[-2] // 2, x.shape[-1] // 2
-        rows, columns = (torch.arange(n, dtype=torch.float32, device=x.device) for n in (h, w))
-        out = self.net(
-            pack(x),
-            timestep=time,
-            img_ids=torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns),
-            txt_ids=rows.new_zeros(cond["encoder_hidden_states"].shape[1], 3),
-            return_dict=False,
-            **cond,
-        )[0]
-        return unpack(out, h, w)
-
-
-def pack(x: Tensor) -> Tensor:
-    """Latents [B, C, 2h, 2w] as Flux's tokens [B, h w, 4 C]."""
-    return nn.functional.pixel_unshuffle(x, 2).flatten(2).mT
-
-
-def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
-    """The inverse of `pack`."""
-    return nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (h, w)), 2)
+            given["added_cond_kwargs"] = added
+        return self.net(x, timestep=time, return_dict=False, **given)[0]
 
 
 class Pipeline:
@@ -95,7 +72,7 @@ class Pipeline:
         self.shape = (channels, side, side)
         self.process, prediction = described(pipe.scheduler, net, where, (side // patch) ** 2)
         self.denoiser = Denoiser(self.backbone(net), self.process, prediction)
-        self.null = self.encode([""], null=True)
+        self.null = self.words([""], null=True)
 
     def _layout(self, config: Any) -> tuple[int, int, int]:
         """(channels, factor that sides are divisible by, the pipeline's own side) of what the network denoises."""
@@ -103,7 +80,7 @@ class Pipeline:
         return config.in_channels, config.patch_size if self.slot == "transformer" else 2 ** (len(config.block_out_channels) - 1), own
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], null: bool = False) -> dict[str, Tensor] | None:
+    def words(self, prompts: Sequence[str], null: bool = False) -> dict[str, Tensor] | None:
         """The network's keyword arguments for these prompts, each [N, ...]; those of the empty prompt if `null`. None without text."""
         if not self.encoders:
             return None
@@ -125,32 +102,41 @@ class Pipeline:
         side = self.shape[-1] * self.scale
         return {"guidance_scale": 1.0, "height": side, "width": side} if self.encoders else {}
 
-    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """What the network denoises, from images [N, 3, H, W] in [0, 1]: the mean of the VAE's code, or the pixels in [-1, 1]."""
+        pixels = 2 * images - 1
+        if self.vae is None:
+            return pixels
+        config = self.vae.config
+        code = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+        return (code - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [0, 1]."""
+        """Images [N, 3, H, W], in [0, 1] but for overshoot that is left to clamp; with gradient."""
         if self.vae is not None:
             config = self.vae.config
+            latents = latents.to(self.vae.device, self.vae.dtype)
             latents = self.vae.decode(latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)).sample
-        return (latents / 2 + 0.5).clamp(0, 1)
+        return latents / 2 + 0.5
 
-    def student(self) -> Denoiser:
-        """A trainable copy of the network."""
-        return copy.deepcopy(self.denoiser).requires_grad_(True)
+    def smaller(
+        self, factor: int, process: Process | None = None, prediction: PredictionType | None = None, dropout: float = 0.0
+    ) -> Denoiser:
+        """A fresh network of the same kind with channels (U-Net) or layers (transformer) divided by `factor`.
 
-    def lora(self, rank: int, alpha: int) -> Denoiser:
-        """A copy of the network with trainable LoRA (scaled by alpha / rank) on its attention and everything else frozen."""
-        from peft import LoraConfig
-
-        student = copy.deepcopy(self.denoiser).requires_grad_(False)
-        adapter = LoraConfig(r=rank, lora_alpha=alpha, target_modules=ATTENTION, init_lora_weights="gaussian")
-        # diffusers' model behind two wrappers, whose attributes torch types as Tensor or Module.
-        student.net.net.add_adapter(adapter)  # type: ignore[union-attr, operator]
-        return student
-
-    def smaller(self, factor: int) -> Denoiser:
-        """A fresh network of the same kind with channels (U-Net) or layers (transformer) divided by `factor`."""
+        UserError for another process or prediction than plain diffusers can sample with this pipeline, and for dropout in a network that
+        has none.
+        """
+        prediction = prediction or self.denoiser.prediction
+        known = ("velocity",) if isinstance(self.process, Flow) else tuple(PREDICTIONS.values())
+        if process not in (None, self.process) or prediction not in known:
+            raise UserError(f"{self.where}: plain diffusers could not sample a network that predicts {prediction!r} in {process}.")
         net = getattr(self.pipe, self.slot)
         config = dict(net.config)
+        if dropout and "dropout" not in config:
+            raise UserError(f"{self.where}: a {type(net).__name__} has no dropout; use 0.", code=2)
+        if "dropout" in config:
+            config["dropout"] = dropout
         if self.slot == "transformer":
             for depth in {"num_layers", "num_single_layers"} & config.keys():
                 config[depth] = max(1, config[depth] // factor)
@@ -158,7 +144,7 @@ class Pipeline:
             config["block_out_channels"] = [c // factor for c in config["block_out_channels"]]
             if any(c % config["norm_num_groups"] for c in config["block_out_channels"]):
                 config["norm_num_groups"] = max(1, config["norm_num_groups"] // factor)
-        return Denoiser(self.backbone(type(net).from_config(config)), self.process, self.denoiser.prediction)
+        return Denoiser(self.backbone(type(net).from_config(config)), self.process, prediction)
 
     def save(self, folder: Path, student: nn.Module, times: Sequence[float], fresh_noise: bool) -> None:
         """A folder for plain diffusers: a whole pipeline, or only LoRA weights for `load_lora_weights` if the student has them.
@@ -169,7 +155,7 @@ class Pipeline:
         """
         net: Any = student.net.net  # type: ignore[union-attr]
         folder.mkdir(parents=True, exist_ok=True)
-        scheduler, call = self._schedule(times, fresh_noise)
+        scheduler, call = self.schedule(times, fresh_noise, student.prediction)  # type: ignore[arg-type]  # a Denoiser's
         if hasattr(net, "peft_config"):
             from diffusers.utils import convert_state_dict_to_diffusers
             from peft import get_peft_model_state_dict
@@ -187,11 +173,14 @@ class Pipeline:
             type(self.pipe)(**parts).save_pretrained(folder)
         (folder / "call.json").write_text(json.dumps(call))
 
-    def _schedule(self, times: Sequence[float], fresh_noise: bool) -> tuple[Any, dict[str, Any]]:
+    def schedule(self, times: Sequence[float], fresh_noise: bool, prediction: PredictionType | None = None) -> tuple[Any, dict[str, Any]]:
+        """The scheduler with which diffusers samples a network of this prediction at `times`, and the call's keyword arguments."""
         from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
         call = {"num_inference_steps": len(times) - 1, **self.asked()}
         config = dict(self.pipe.scheduler.config)
+        if prediction is not None and not isinstance(self.process, Flow):
+            config["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[prediction]
         if isinstance(self.process, Flow):
             # A new one: the grid is shifted already, and must not be shifted again.
             scheduler = FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], stochastic_sampling=fresh_noise)
@@ -203,36 +192,6 @@ class Pipeline:
         if not fresh_noise:
             call["eta"] = 0.0
         return scheduler, call | {"timesteps": [round(t) for t in times[:-1]]}
-
-
-class Flux(Pipeline):
-    """A FluxPipeline, with a guidance embedding (FLUX.1-dev) or without (Schnell, and networks whose guidance was undone).
-
-    A network with guidance embedding was distilled from classifier-free guidance: its scale is an input, so conditions carry it.
-    """
-
-    backbone = Packed
-
-    def __init__(self, pipe: Any, where: str, size: int = 0, guidance: float = 1.0):
-        self.guidance = guidance if pipe.transformer.config.guidance_embeds else None
-        super().__init__(pipe, where, size)
-
-    def _layout(self, config: Any) -> tuple[int, int, int]:
-        return config.in_channels // 4, 2, self.pipe.default_sample_size
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], null: bool = False) -> dict[str, Tensor]:
-        device, tokens = self.pipe.device, self.asked()["max_sequence_length"]
-        hidden, pooled, _ = self.pipe.encode_prompt(prompt=list(prompts), prompt_2=None, device=device, max_sequence_length=tokens)
-        text = {"encoder_hidden_states": hidden.detach().clone(), "pooled_projections": pooled.detach().clone()}
-        if self.guidance is not None:
-            text["guidance"] = torch.full((len(prompts),), self.guidance, device=device)
-        return text
-
-    def asked(self) -> dict[str, Any]:
-        # Text lengths that the two models were trained with.
-        own = {"max_sequence_length": 256} if self.guidance is None else {"max_sequence_length": 512, "guidance_scale": self.guidance}
-        return super().asked() | own
 
 
 def shift_of(config: Any, tokens: int) -> float:
@@ -265,46 +224,3 @@ def described(scheduler: Any, net: Any, where: str, tokens: int) -> tuple[Proces
         raise UserError(f"{where}: beta schedule {config.beta_schedule!r} (zero-SNR or not linear) is not supported.")
     process = VP(config.beta_start, config.beta_end, config.beta_schedule, config.num_train_timesteps)
     return process, PREDICTIONS[config.prediction_type]
-
-
-def load(where: str, size: int = 0, guidance: float = 1.0) -> Pipeline:
-    """A pipeline from a folder or hub id; `size` in pixels, 0 for its own; `guidance` for a network that takes the scale as an input.
-
-    UserError for anything that is not a usable pipeline.
-    """
-    diffusers = needs("diffusers", "diffusers", "--teacher diffusers:...")
-    folder = Path(where)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise UserError(f"{where} is not a diffusers pipeline: it holds no model_index.json. Give the folder that save_pretrained wrote.")
-    absent = {}
-    if folder.exists():  # parts that were saved as None (SD3 without its third text encoder) must be said to be None
-        index = json.loads((folder / "model_index.json").read_text())
-        absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(where, **absent)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot load the diffusers pipeline {where}: {str(error).splitlines()[0]}") from None
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(disable=True)
-    net = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
-    kind = type(net).__name__
-    if type(pipe).__name__ == "FluxPipeline":
-        return Flux(pipe, where, size, guidance)
-    if kind not in ("UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel"):
-        raise UserError(
-            f"{where}: a {type(pipe).__name__} around a {kind} is not supported; U-Nets, Stable Diffusion 3 and FluxPipeline are."
-        )
-    return Pipeline(pipe, where, size)
-
-
-def read_prompts(file: str) -> list[str]:
-    """One prompt per line, blank lines skipped. UserError when there is no file, or nothing in it."""
-    if not file:
-        raise UserError("this teacher is conditioned on text: give --prompts FILE with one prompt per line.", code=2)
-    try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --prompts {file}: {error}") from None
-    if not lines:
-        raise UserError(f"--prompts {file} is empty: it needs at least one line of text.")
-    return lines
