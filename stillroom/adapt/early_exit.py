@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stillroom.adapt.exits import Exits
 from stillroom.core.errors import UserError
+from stillroom.metrics.classification import accuracy
 
 Rule = Callable[[int, Tensor, Tensor], Tensor]
 """rule(exit, logits (b, C), rows (b,)) -> which of these rows of the batch leave here, (b,) bool; called exit by exit."""
@@ -26,10 +27,15 @@ SCORES: dict[Score, tuple[int, float]] = {"p_max": (0, 1.0), "entropy": (1, -1.0
 """Place of each number in `confidence`, and the sign that makes it grow with confidence."""
 
 
+def whole(logits: Tensor) -> Tensor:
+    """At least in float32: softmaxes and losses of bfloat16 logits are too coarse to choose by."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def confidence(logits: Tensor) -> Tensor:
     """(..., C) -> (..., 4): of p = softmax(logits) the largest, the entropy in nats, the largest minus the second, and the entropy of
-    p^2 / sum p^2."""
-    p = logits.softmax(-1)
+    p^2 / sum p^2; of logits in half precision in float32."""
+    p = whole(logits).softmax(-1)
     first, second = p.topk(2, -1).values.unbind(-1)
     squares = p.square()
     squares = squares / squares.sum(-1, keepdim=True)
@@ -37,14 +43,14 @@ def confidence(logits: Tensor) -> Tensor:
 
 
 class Heads(nn.Module):
-    """One linear layer per exit: features [(B, d_l)] to logits [(B, C)]."""
+    """One linear layer per exit: features [(B, d_l)] to logits [(B, C)], in float32 whatever autocast does."""
 
     def __init__(self, widths: Sequence[int], classes: int):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(width, classes) for width in widths)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return [layer(feature) for layer, feature in zip(self.layers, features, strict=True)]
+        return [whole(layer(feature)) for layer, feature in zip(self.layers, features, strict=True)]
 
 
 class Gates(nn.Module):
@@ -52,10 +58,8 @@ class Gates(nn.Module):
 
     def __init__(self, exits: int):
         super().__init__()
-        self.weight, self.bias = (
-            nn.Parameter(torch.empty(exits, 4).uniform_(-0.5, 0.5)),
-            nn.Parameter(torch.empty(exits).uniform_(-0.5, 0.5)),
-        )
+        self.weight = nn.Parameter(torch.empty(exits, 4).uniform_(-0.5, 0.5))
+        self.bias = nn.Parameter(torch.empty(exits).uniform_(-0.5, 0.5))
 
     def forward(self, logits: Tensor) -> Tensor:
         return (confidence(logits.detach()) * self.weight).sum(-1) + self.bias
@@ -65,7 +69,8 @@ class Gates(nn.Module):
         total, survival = torch.zeros(count, device=device), torch.ones(count, device=device)
 
         def leaves(exit: int, logits: Tensor, rows: Tensor) -> Tensor:
-            g = torch.sigmoid(confidence(logits) @ self.weight[exit] + self.bias[exit])
+            # As in `forward`, and no product of matrices, which autocast would make bfloat16.
+            g = torch.sigmoid((confidence(logits) * self.weight[exit]).sum(-1) + self.bias[exit])
             p = torch.minimum(g, 1 - total[rows]).clamp_min(0)
             conditional = (p / survival[rows].clamp_min(1e-12)).clamp(0, 1)
             total[rows] += g
@@ -92,9 +97,9 @@ class WarmUp:
 
     def __init__(self, heads: Heads):
         self.heads, self.best = heads, copy.deepcopy(heads)
-        exits, device = len(heads.layers), next(heads.parameters()).device
-        self.accuracy, self.stale = torch.full((exits,), -1.0, device=device), torch.zeros(exits, device=device)
-        self.resting, self.ended = torch.zeros(exits, dtype=torch.bool, device=device), torch.tensor(-1)
+        exits = len(heads.layers)  # on the host, where a loop can ask for them without waiting for the device
+        self.accuracy, self.stale = torch.full((exits,), -1.0, dtype=torch.float64), torch.zeros(exits, dtype=torch.int64)
+        self.resting, self.ended = torch.zeros(exits, dtype=torch.bool), torch.tensor(-1)
 
     @property
     def active(self) -> bool:
@@ -102,13 +107,12 @@ class WarmUp:
 
     def end_epoch(self, logits: Tensor, labels: Tensor, step: int, last: bool, patience: int) -> None:
         """By validation logits (N, G + 1, C): exits that stopped improving get their best weights back and rest; when all do, the end."""
-        accuracy = (logits[:, :-1].argmax(-1) == labels[:, None]).float().mean(0)
-        for exit in range(len(accuracy)):
+        for exit in range(len(self.accuracy)):
             layers = self.heads.layers[exit], self.best.layers[exit]
             if self.resting[exit]:
                 continue
-            if accuracy[exit] > self.accuracy[exit]:
-                self.accuracy[exit], self.stale[exit] = accuracy[exit], 0
+            if (reached := accuracy(logits[:, exit], labels)) > self.accuracy[exit]:
+                self.accuracy[exit], self.stale[exit] = reached, 0
                 layers[1].load_state_dict(layers[0].state_dict())
                 continue
             self.stale[exit] += 1

@@ -7,8 +7,7 @@ transformers): the batch is cut inside the forward pass, after a block, to the i
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from stillroom.core.errors import UserError
 from stillroom.data.images import Split
+from stillroom.nets.hooks import hooked, matching
 
 
 class _Left(Exception):
@@ -39,8 +39,7 @@ def find_exits(net: nn.Module, paths: Sequence[str] = ()) -> list[str]:
         return longest[:-1]
     found: set[str] = set()
     for path in paths:
-        matches = [name for name in names if fnmatch.fnmatchcase(name, path) and name.count(".") == path.count(".")]
-        if not matches:
+        if not (matches := matching(net, path)):
             raise UserError(f"--exits {path}: {type(net).__name__} has no such module. It has {_some(names)}.")
         found |= set(matches[:-1] if "*" in path and len(matches) > 1 else matches)
     return [name for name in names if name in found]
@@ -95,7 +94,7 @@ class Exits(nn.Module):
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Images (B, C, H, W) to the features of every exit, [(B, d_l)], and the net's own logits (B, classes)."""
         features: list[Tensor] = []
-        with self._hooked(lambda exit, output: features.append(self.feature(output))):
+        with hooked(self._taps, lambda exit, given, output: features.append(self.feature(output))):
             logits = self.net(images)
         return features, logits
 
@@ -110,7 +109,7 @@ class Exits(nn.Module):
         taken = torch.full_like(rows, len(self.paths))
         parts: list[tuple[Tensor, Tensor]] = []
 
-        def visit(exit: int, output: Any) -> Any:
+        def visit(exit: int, given: tuple, output: Any) -> Any:
             nonlocal rows
             logits, leaves = decide(exit, self.feature(output), rows)
             if not leaves.any():
@@ -122,27 +121,16 @@ class Exits(nn.Module):
                 raise _Left
             return (output[0][~leaves], *output[1:]) if isinstance(output, tuple) else output[~leaves]
 
-        with contextlib.suppress(_Left), self._hooked(visit):
+        with contextlib.suppress(_Left), hooked(self._taps, visit):
             rest = self.net(images)  # which rebinds `rows`
             parts.append((rows, rest))
         left, logits = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         return logits[left.argsort()], taken
 
-    @contextlib.contextmanager
-    def _hooked(self, visit: Callable[[int, Any], Any]) -> Iterator[None]:
-        handles = [
-            tap.register_forward_hook(lambda module, args, output, exit=exit: visit(exit, output)) for exit, tap in enumerate(self._taps)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
 
 @dataclass(frozen=True)
 class Table:
-    """What a frozen net says of a split: features of every exit [(N, d_l)], its own logits (N, C), labels (N,)."""
+    """What a frozen net makes of a split: features of every exit [(N, d_l)], its own logits (N, C), labels (N,)."""
 
     features: list[Tensor]
     final: Tensor
@@ -155,6 +143,7 @@ class Table:
 
 
 def features_of(net: nn.Module, paths: tuple[str, ...], split: Split) -> dict[str, Tensor]:
+    """The features (N, d_l) of every exit of a split under the exit's number, and the net's own logits (N, classes) under "final"."""
     exits, parts = Exits(net, paths), []
     for rows in torch.arange(len(split)).split(512):
         features, final = exits(split.take(rows).images)

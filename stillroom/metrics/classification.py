@@ -60,6 +60,11 @@ class ClassificationMetrics:
         return asdict(self)
 
 
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of the rows (N, C) whose largest logit is that of the label (N,)."""
+    return 1 - int((logits.argmax(-1) != labels).sum()) / len(labels)
+
+
 def reliability(logits: Tensor, labels: Tensor, bins: int = 10) -> Reliability:
     """Accuracy and mean confidence per bin; a bin excludes its lower and includes its upper bound."""
     confidence, prediction = logits.double().softmax(-1).max(-1)

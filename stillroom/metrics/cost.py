@@ -26,12 +26,17 @@ def cost(net: nn.Module, example: Tensor) -> dict[str, float]:
     with eval_mode(net), torch.inference_mode():
         single, batch = (_median(lambda x=x: net(x), x) for x in (example[:1], example))  # type: ignore[misc]
     return {
-        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "parameters": parameters(net),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         "latency_ms": single * 1e3,
         "throughput": len(example) / batch,
         "threads": torch.get_num_threads(),
     }
+
+
+def parameters(net: nn.Module) -> int:
+    """How many numbers a network learns or holds frozen, shared ones once; buffers do not count."""
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 def _median(call: Callable[[], object], example: Tensor) -> float:

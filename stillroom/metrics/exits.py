@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from stillroom.metrics.classification import accuracy
 from stillroom.metrics.uncertainty import conformal_sets, conformal_threshold, equal_mass_ece
 
 
@@ -28,7 +30,7 @@ def measured(logits: Tensor, labels: Tensor, taken: Tensor, quantiles: list[floa
     out = logits[torch.arange(len(taken), device=taken.device), taken]
     sets = conformal_sets(out.softmax(-1), torch.tensor(quantiles, device=taken.device)[taken])
     return {
-        "accuracy": accuracy_of(out, labels),
+        "accuracy": accuracy(out, labels),
         "cost": float(costs[taken].mean()),
         "ece": equal_mass_ece(out, labels),
         "nll": float(cross_entropy(out.double(), labels)),
@@ -37,8 +39,24 @@ def measured(logits: Tensor, labels: Tensor, taken: Tensor, quantiles: list[floa
     }
 
 
-def accuracy_of(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(-1) == labels).float().mean())
+Curve = Sequence[tuple[float, float]]
+"""(cost, value) of operating points, ascending in cost. Between two of them a curve is linear, which mixing both at random attains."""
+
+
+def gain_at_equal_cost(points: Curve, rival: Curve) -> float:
+    """The points' values minus those of the rival's curve at their costs, mean over the points."""
+    at = np.interp([cost for cost, _ in points], [cost for cost, _ in rival], [value for _, value in rival])
+    return float(np.mean([value for _, value in points] - at))
+
+
+def mean_of_upper_half(curve: Curve) -> float:
+    """The curve's mean over costs from one half to one."""
+    return float(np.interp(np.linspace(0.5, 1, 101), [cost for cost, _ in curve], [value for _, value in curve]).mean())
+
+
+def shares(taken: Tensor, exits: int) -> list[float]:
+    """Share of the images (N,) that leave at each of `exits` exits."""
+    return (torch.bincount(taken, minlength=exits).double() / len(taken)).tolist()
 
 
 def draw_shares(axes: Any, names: Sequence[str], shares: Sequence[float]) -> None:

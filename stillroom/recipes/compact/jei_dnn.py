@@ -9,26 +9,29 @@ leaving at l (multiply-adds, 1 for the whole net with all exits):
     gates:  o = argmin_l CE(u_l, y) + lambda c_l;  mean of BCE(gate_l, 1[l >= o]), positives weighted by the rarity of their exit
     exits:  mean of r P_l CE(u_l, y),  r = sum CE / sum P CE
 
-After a warm-up of the exits (deep ones weigh less; each stops by its own validation accuracy), phases of gate and exit steps alternate,
-gates first. A gate that is a threshold on one of the four numbers, over exits trained by the plain sum, is the baseline.
+After a warm-up of the exits, sum_l (G + 1 - l) CE(u_l, y) with l from 0, in which each stops by its own validation accuracy, phases of gate
+and exit steps alternate, gates first. The baseline is a threshold on p_max over exits that the plain sum trained for as many steps; curves
+join operating points linearly, which is what mixing two of them at random attains.
 
-Exact: the above, two optimizers (nothing of the resting phase moves), final head and net frozen in eval mode. `detach_ratio`: as released,
-r is not detached, so that sum P CE r is the unweighted sum in value and gradient; the method as described needs it detached (default).
-Not ours: the reference keeps the best epoch, we the last; its batch counter of phases may restart every epoch (unconfirmed); published
-figures were not re-read. Shrunk: net and data (a spiral whose later turns need depth).
-Curves join operating points linearly, which is what mixing two of them at random attains.
+Exact: the above, the weights' refresh after each epoch, two optimizers (nothing of the resting phase moves), net and final head frozen in
+eval mode, conformal thresholds of each exit. `detach_ratio`: as released, r is not detached, so that sum P CE r is the unweighted sum in
+value and gradient; the method as described needs it detached (default).
+Shrunk: net and data (a spiral whose later turns need depth), epochs and phases.
+Ours: the last epoch, where the reference keeps the best one by validation; phases counted from the end of the warm-up through all epochs,
+where its batch counter may start again with each (unconfirmed); the delivered student is chosen by validation accuracy and cost.
+Left out: other targets of the gates (only the best exit; later gates ignored), other losses of the exits ("single", "boosted"), p_max or
+0/1 in place of CE in the levels, heads with hidden layers, a conformal threshold over all exits: its ablations, for which no claim stands.
+Published results are figures, which were not read off.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,12 +56,12 @@ from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.data.augment import augmenter
 from stillroom.data.batches import Batches
-from stillroom.data.images import ImageData, Split, balanced_rows
+from stillroom.data.images import ImageData, hold_out
 from stillroom.losses.divergences import cross_entropy
-from stillroom.metrics.cost import cost
-from stillroom.metrics.exits import accuracy_of, draw_calibration, draw_shares, draw_times, exit_quantiles, measured
-from stillroom.vision import present, saving, trained
-from stillroom.vision.exits import table
+from stillroom.metrics.classification import accuracy
+from stillroom.metrics.exits import Curve, exit_quantiles, gain_at_equal_cost, mean_of_upper_half, measured
+from stillroom.vision import saving, trained
+from stillroom.vision.exits import show, table
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Config(trained.TeacherConfig):
     epochs: Count = 12
     """Of exits and gates, warm-up included."""
     warmup_epochs: Count = 4
-    """Most epochs of warm-up."""
+    """Most epochs of warm-up; fewer than `epochs`."""
     patience: Count = 2
     """Epochs without a better validation accuracy after which an exit rests until the warm-up's end."""
     phase: Count = 20
@@ -106,19 +109,13 @@ def full() -> Config:
 
 
 TINY = {"teacher_steps": 6, "epochs": 2, "warmup_epochs": 1, "tradeoffs": (1.0,)}
-ARMS = {
-    "p_max": {"gate": "p_max"},
-    "entropy": {"gate": "entropy"},
-    "margin": {"gate": "margin"},
-    "jei-dnn": {},
-    "ratio as released": {"detach_ratio": False},
-}
+ARMS = {"p_max": {"gate": "p_max"}, "jei-dnn": {}, "ratio as released": {"detach_ratio": False}}
 CLAIMS = [
     Claim(
         "learned gates are more accurate than a threshold on p_max at equal cost", metric="accuracy_gain", arm="jei-dnn", versus="p_max",
         paper="better curves on CIFAR-10/100, SVHN (figures only)",
     ),
-    Claim("over the upper half of costs they lose at most half a point", "accuracy_curve", "jei-dnn", "p_max", margin=-0.005),
+    Claim("over the upper half of costs they are no worse than by half a point", "accuracy_curve", "jei-dnn", "p_max", margin=-0.005),
     Claim(
         "their outputs are better calibrated at equal cost", metric="ece_gain", arm="jei-dnn", versus="p_max", better="lower",
         paper="lower calibration error (figures only)",
@@ -127,34 +124,39 @@ CLAIMS = [
         "their conformal sets are smaller at equal cost", metric="set_size_gain", arm="jei-dnn", versus="p_max", better="lower",
         paper="smaller sets (figures only)",
     ),
-    Claim(
-        "exits trained for the images that leave there do better than exits that ignore the gates",
-        metric="accuracy_gain", arm="jei-dnn", versus="ratio as released",
-    ),
-    Claim("they are better calibrated than those", "ece_gain", "jei-dnn", "ratio as released", better="lower"),
+    Claim("exits trained for the images that leave there are more accurate", "accuracy_gain", "jei-dnn", "ratio as released"),
+    Claim("they are better calibrated", "ece_gain", "jei-dnn", "ratio as released", better="lower"),
+    Claim("their conformal sets are smaller", "set_size_gain", "jei-dnn", "ratio as released", better="lower"),
 ]  # fmt: skip
 
 
+def unread(cfg: Config) -> list[str]:
+    """Flags that this config does not read."""
+    return [] if cfg.gate == "learned" else ["tradeoffs", "detach_ratio", "phase", "gate_optimizer"]
+
+
 def main(cfg: Config, run: Run, *, data: ImageData | None = None, teacher: nn.Module | None = None) -> dict[str, float]:
-    """Train the backbone if need be, then exits and gates at every trade-off; evaluate, choose, save. Keywords replace what is named."""
+    """Train the teacher if need be, then exits and gates at every trade-off; evaluate, choose, save. Keywords replace what is named.
+    UserError for flags that leave nothing to train."""
     if not cfg.tradeoffs:
         raise UserError("--tradeoffs needs at least one price.", code=2)
+    if cfg.warmup_epochs >= cfg.epochs:
+        raise UserError(f"--warmup-epochs {cfg.warmup_epochs} leaves no epoch of {cfg.epochs} for the gates; raise --epochs.", code=2)
     data, validation = hold_out(data.to(run.device) if data else cfg.load(run), cfg.validation, run.seed)
     teacher = run.frozen(teacher if teacher is not None else cfg.classifier(run, data))
     exits = Exits(teacher, find_exits(teacher, cfg.exits))
-    tables = {name: table(run, exits, split) for name, split in (("validation", validation), ("test", data.test))}
-    task = Task(exits, data, tables["validation"], tables["test"])
+    task = Task(exits, data, table(run, exits, validation), table(run, exits, data.test))
 
     rival = thresholds(cfg, run, task, "p_max")
     options = thresholds(cfg, run, task, cfg.gate) if cfg.gate != "learned" else [learned(cfg, run, task, x) for x in cfg.tradeoffs]
-    allowed = accuracy_of(task.validation.final, task.validation.labels) - cfg.allowed_drop
-    good = [option for option in options if option.validation["accuracy"] >= allowed]
-    chosen = min(good, key=lambda o: o.validation["cost"]) if good else max(options, key=lambda o: o.validation["accuracy"])
+    chosen = choose(options, accuracy(task.validation.final, task.validation.labels) - cfg.allowed_drop)
     metrics = dict(chosen.test)
     for key in ("accuracy", "ece", "set_size"):
-        metrics |= {f"{key}_gain": gain(options, rival, key), f"{key}_curve": curve(options, key)}
+        metrics[f"{key}_gain"] = gain_at_equal_cost([(o.test["cost"], o.test[key]) for o in options], curve(rival, key))
+        metrics[f"{key}_curve"] = mean_of_upper_half(curve(options, key))
     if run.plots and not run.rank:
-        show(run, task, {"threshold on p_max": rival, cfg.gate: options}, chosen)
+        curves = {"threshold on p_max": curve(rival, "accuracy"), cfg.gate: curve(options, "accuracy")}
+        show(run, chosen.student, data.test, task.test, chosen.taken, chosen.test, task.costs, curves)
 
     def save(student: EarlyExit, folder: Path) -> None:
         saving.save_classifier(teacher, folder)
@@ -164,19 +166,10 @@ def main(cfg: Config, run: Run, *, data: ImageData | None = None, teacher: nn.Mo
     return metrics
 
 
-# -- data --------------------------------------------------------------------------------------------------------------------------
-def hold_out(data: ImageData, count: int, seed: int) -> tuple[ImageData, Split]:
-    """The task with `count` class-balanced training images fewer, and those images."""
-    if count >= len(data.train):
-        raise UserError(f"--validation {count} leaves nothing of the {len(data.train)} training images; lower it.", code=2)
-    rows = balanced_rows(data.train.labels, count, torch.Generator().manual_seed(seed))
-    rest = torch.ones(len(data.train), dtype=torch.bool)
-    rest[rows] = False
-    return replace(data, train=data.train.subset(rest.nonzero().squeeze(1))), data.train.subset(rows)
-
-
 @dataclass(frozen=True)
 class Task:
+    """A frozen net with exits, and what these see of the validation and the test images."""
+
     exits: Exits
     data: ImageData
     validation: Table
@@ -188,9 +181,8 @@ class Task:
     @functools.cached_property
     def costs(self) -> Tensor:
         """(G + 1,) float64 in (0, 1]: multiply-adds up to each exit as a share of those of the whole net with all exits."""
-        counts = EarlyExit(self.exits, self.heads(), Threshold("p_max", 2.0)).multiply_adds(
-            self.data.test.take(torch.zeros(1).long()).images
-        )
+        image = self.data.test.take(torch.zeros(1).long()).images
+        counts = EarlyExit(self.exits, self.heads(), Threshold("p_max", 2.0)).multiply_adds(image)
         return counts.to(self.test.final.device) / counts[-1]
 
 
@@ -213,27 +205,28 @@ def train(stage: Run, cfg: Config, task: Task, price: float) -> tuple[Heads, Gat
             _, image, label = stage.shard(batches(step))
             features, final = task.exits(augment(image))
         if warm.active:
-            awake = [(G + 1 - exit, logits) for exit, logits in enumerate(heads(features)) if not warm.resting[exit]]
-            stage.update(optimizer, warmup=torch.stack([weight * cross_entropy(logits, label) for weight, logits in awake]).sum(0))
+            stage.update(optimizer, warmup=warmup_loss(heads(features), label, warm.resting.tolist()))
         elif joint and (step - int(warm.ended)) // cfg.phase % 2 == 0:
             with torch.no_grad():
                 logits = torch.stack(heads(features), 1)
-                levels = level_losses(torch.cat([logits, final[:, None]], 1), label, task.costs, price)
-            stage.update(gate_optimizer, gate=gate_loss(gates(logits), levels.argmin(1), rarity))
+            best = level_losses(torch.cat([logits, final[:, None]], 1), label, task.costs, price).argmin(1)
+            stage.update(gate_optimizer, gate=gate_loss(gates(logits), best, rarity))
         else:
             logits = torch.stack(heads(features), 1)
             ce = cross_entropy(logits, label[:, None].expand(-1, G))
-            if joint:
-                with torch.no_grad():
-                    p = exit_probabilities(torch.sigmoid(gates(logits)))[:, :-1]
-                ce = matched(ce, p, cfg.detach_ratio)
-            stage.update(optimizer, exits=ce)
+            stage.update(optimizer, exits=matched(ce, exit_probabilities(torch.sigmoid(gates(logits))), cfg.detach_ratio) if joint else ce)
         if (step + 1) % epoch == 0 and stage.last_chunk:
             logits, labels = task.validation.logits(stage.unwrap(heads)), task.validation.labels
             if warm.active:
                 warm.end_epoch(logits, labels, step + 1, (step + 1) // epoch >= cfg.warmup_epochs, cfg.patience)
             rarity.copy_(positive_weights(level_losses(logits, labels, task.costs, price).argmin(1), G))
     return stage.unwrap(heads), stage.unwrap(gates)
+
+
+def warmup_loss(logits: Sequence[Tensor], label: Tensor, resting: Sequence[bool]) -> Tensor:
+    """(B,): sum of (G + 1 - l) CE(u_l, y) over the exits l = 0..G-1 that do not rest, of logits [(B, C)]."""
+    terms = [(len(logits) + 1 - exit) * cross_entropy(u, label) for exit, u in enumerate(logits) if not resting[exit]]
+    return torch.stack(terms).sum(0)
 
 
 def level_losses(logits: Tensor, label: Tensor, costs: Tensor, price: float) -> Tensor:
@@ -255,8 +248,9 @@ def positive_weights(best: Tensor, exits: int) -> Tensor:
 
 
 def matched(ce: Tensor, p: Tensor, detach: bool) -> Tensor:
-    """Cross-entropies (B, G) weighted by the probability of leaving there, at an unchanged total for each image."""
-    weighted = p * ce
+    """r P_l CE (B, G): cross-entropies (B, G) weighted by the probability of leaving there (B, G + 1), which is a constant, at an unchanged
+    total for each image. detach: whether r is a constant too."""
+    weighted = p[:, :-1].detach() * ce
     ratio = ce.sum(1, keepdim=True) / weighted.sum(1, keepdim=True).clamp_min(1e-6)  # all mass may lie on the final exit
     return weighted * (ratio.detach() if detach else ratio)
 
@@ -304,63 +298,12 @@ def option(cfg: Config, task: Task, heads: Heads, gates: Gates | Threshold) -> O
     return Option(EarlyExit(task.exits, heads, gates).eval(), takens[1], quantiles, results[0], results[1], ends)
 
 
-def line(options: Sequence[Option], key: str) -> tuple[list[float], list[float]]:
-    """Costs, ascending, and a metric on the test images: of the options and of the two policies that ask nobody."""
-    points = sorted([(o.test["cost"], o.test[key]) for o in options] + [(end["cost"], end[key]) for end in options[-1].ends])
-    return [x for x, _ in points], [y for _, y in points]
+def choose(options: Sequence[Option], allowed: float) -> Option:
+    """By the validation images: the cheapest option that is at least as accurate as `allowed`, or the most accurate one where none is."""
+    good = [option for option in options if option.validation["accuracy"] >= allowed]
+    return min(good, key=lambda o: o.validation["cost"]) if good else max(options, key=lambda o: o.validation["accuracy"])
 
 
-def gain(options: Sequence[Option], rival: Sequence[Option], key: str) -> float:
-    """The metric minus that of the rival's curve at equal cost, mean over the options."""
-    costs = [o.test["cost"] for o in options]
-    return float(np.mean([o.test[key] for o in options] - np.interp(costs, *line(rival, key))))
-
-
-def curve(options: Sequence[Option], key: str) -> float:
-    """The metric's mean over the upper half of costs."""
-    return float(np.interp(np.linspace(0.5, 1, 101), *line(options, key)).mean())
-
-
-# -- what the report shows ---------------------------------------------------------------------------------------------------------
-def show(run: Run, task: Task, curves: dict[str, list[Option]], chosen: Option) -> None:
-    """Rows of the table; figures of the curve, of where images leave, of the time that each exit takes and of its calibration."""
-    test, student, exits = task.data.test, chosen.student, range(len(task.exits.paths) + 1)
-    example = test.take(torch.arange(min(256, len(test)))).images
-    present.classifier(run, "whole net", task.exits.net, test)
-    run.rows[-1] |= {"compute": 1.0, "throughput": rate(task.exits.net, test)}
-    times = [cost(student.at(exit), example) for exit in exits]
-    one, batch = [t["latency_ms"] for t in times], [1e3 * len(example) / t["throughput"] for t in times]
-    shares = torch.bincount(chosen.taken, minlength=len(exits)).double() / len(chosen.taken)
-    run.row(
-        "student", **{k: chosen.test[k] for k in ("accuracy", "ece", "nll")}, parameters=times[0]["parameters"], bytes=times[0]["bytes"],
-        latency_ms=float(shares @ torch.tensor(one, dtype=torch.float64)), compute=chosen.test["cost"], throughput=rate(student, test),
-    )  # fmt: skip
-    names = [*(f"exit {exit + 1}" for exit in exits[:-1]), "own head"]
-    logits, labels = task.test.logits(student.heads), task.test.labels
-    alone = [accuracy_of(logits[:, exit], labels) for exit in exits]
-
-    def draw_curve(axes: Any) -> None:
-        for label, options in curves.items():
-            axes.plot(*line(options, "accuracy"), marker="o", markersize=3, label=label)
-        axes.scatter(task.costs.tolist(), alone, marker="x", color="#888888", label="all leave at one exit")
-        axes.scatter([chosen.test["cost"]], [chosen.test["accuracy"]], marker="*", s=120, label="delivered", zorder=5)
-        axes.set(xlabel="share of the whole net's multiply-adds", ylabel="accuracy")
-        axes.legend(fontsize=8)
-
-    run.figure("accuracy against compute", draw_curve)
-    run.figure("where the test images leave", lambda axes: draw_shares(axes, names, shares.tolist()))
-    whole = cost(task.exits.net, example)
-    series = {"one image": (one, whole["latency_ms"]), f"{len(example)} images": (batch, 1e3 * len(example) / whole["throughput"])}
-    run.figure("time until each exit", lambda axes: draw_times(axes, names, series))
-    run.figure("calibration of the exits", lambda axes: draw_calibration(axes, names, logits, labels, chosen.taken))
-
-
-def rate(net: nn.Module, test: Split) -> float:
-    """Test images a second in batches of 256, with whatever each image skips."""
-    batches = [test.take(rows).images for rows in torch.arange(len(test)).split(256)]
-    with torch.inference_mode():
-        net(batches[0])
-        start = time.perf_counter()
-        for images in batches:
-            net(images)
-    return len(test) / (time.perf_counter() - start)
+def curve(options: Sequence[Option], key: str) -> Curve:
+    """A metric on the test images against cost: of the options and of the two policies that ask nobody."""
+    return sorted([(o.test["cost"], o.test[key]) for o in options] + [(end["cost"], end[key]) for end in options[-1].ends])
