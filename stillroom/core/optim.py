@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -75,23 +75,3 @@ class Optimizer:
                 return self.lr * self.drop_factor ** sum(step >= round(share * total) for share in self.drops)
             case _:
                 return self.lr
-
-
-@dataclass(frozen=True)
-class _Faster(Optimizer):
-    modules: tuple[nn.Module, ...] = ()
-    ratio: float = 1.0
-
-    def __call__(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        built, own = super().__call__(parameters), {id(p) for module in self.modules for p in module.parameters()}
-        for group in list(built.param_groups):
-            faster = [p for p in group["params"] if id(p) in own]
-            group["params"] = [p for p in group["params"] if id(p) not in own]
-            if faster:
-                built.add_param_group({**group, "params": faster, "ratio": self.ratio})
-        return built
-
-
-def faster(optimizer: Optimizer, modules: Iterable[nn.Module], ratio: float) -> Optimizer:
-    """`optimizer`, with the parameters of these modules at `ratio` times its learning rate, schedule included."""
-    return _Faster(**{field.name: getattr(optimizer, field.name) for field in fields(optimizer)}, modules=tuple(modules), ratio=ratio)

@@ -22,6 +22,7 @@ projection (G5): with nothing else in the layer it can silence it as well, so th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from stillroom.catalogue.claims import Claim
 from stillroom.core.config import Count, Natural, Positive
-from stillroom.core.optim import Optimizer, faster
+from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.data.sequences import BackCopy, Rows
 from stillroom.lm.diagnostics import attention_maps, first_token_share, gate_scores, massive_activation, spikes
@@ -196,6 +197,23 @@ class Sink(nn.Module):
         return self.attention(self.norm(self.embedding(ids)), turn)
 
 
+@dataclass(frozen=True)
+class Faster(Optimizer):
+    """An optimizer that gives the parameters of some modules `ratio` times its learning rate, schedule included."""
+
+    modules: tuple[nn.Module, ...] = ()
+    ratio: float = 1.0
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        built, own = super().__call__(parameters), {id(p) for module in self.modules for p in module.parameters()}
+        for group in list(built.param_groups):
+            faster = [p for p in group["params"] if id(p) in own]
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            if faster:
+                built.add_param_group({**group, "params": faster, "ratio": self.ratio})
+        return built
+
+
 def sink_ids(count: int) -> Tensor:
     """(count, n) random words after a first one that is always the same."""
     ids = torch.randint(1, 32, (count, SINK_LENGTH))
@@ -218,8 +236,8 @@ def sink_loss(answered: Tensor, target: Tensor) -> Tensor:
 def sink_task(cfg: Config, stage: Run, gate: GateOptions | None) -> dict[str, float]:
     answers = torch.randn(32, ANSWER, generator=torch.Generator().manual_seed(stage.seed)).to(stage.device)
     net = Sink(gate)
-    gates = [module for module in net.modules() if isinstance(module, Gate)]
-    net, optimizer = stage.trainable("net", net, faster(cfg.sink_optimizer, gates, cfg.sink_gate_rate))
+    gates = tuple(module for module in net.modules() if isinstance(module, Gate))
+    net, optimizer = stage.trainable("net", net, Faster(**vars(cfg.sink_optimizer), modules=gates, ratio=cfg.sink_gate_rate))
     for _ in stage.steps(cfg.sink_steps):
         ids = sink_ids(64).to(stage.device)
         stage.update(optimizer, mse=sink_loss(net(ids), sink_targets(ids, answers)[0]))
