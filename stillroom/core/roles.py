@@ -58,7 +58,7 @@ class Roles(dict[str, Role]):
                 raise ValueError(f"this network shares parameters with the trainable role {role.name!r}: freeze a deep copy")
 
     def schedule(self, step: int, total: int) -> None:
-        """Learning rates of step `step` of `total`."""
+        """Learning rates of step `step` of `total`; a group of parameters may have a "ratio" to the others' rate."""
         for role in self.values():
             if isinstance(role.config, Optimizer):
                 rate = role.config.rate(step, total)

@@ -136,16 +136,6 @@ CLAIMS = [
 BOS, TRIGGERS, SINK_LENGTH, ANSWER = 0, 6, 24, 16
 
 
-def hasten(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], ratio: float) -> None:
-    """Let these parameters learn at `ratio` times the rate of the others, schedule included."""
-    chosen = {id(p) for p in parameters}
-    for group in list(optimizer.param_groups):
-        fast = [p for p in group["params"] if id(p) in chosen]
-        group["params"] = [p for p in group["params"] if id(p) not in chosen]
-        if fast:
-            optimizer.add_param_group({**group, "params": fast, "ratio": ratio})
-
-
 def main(cfg: Config, run: Run) -> dict[str, float]:
     """Both tasks, their diagnostics and figures; the language model is the student that is saved."""
     check_flags(cfg)
@@ -207,6 +197,23 @@ class Sink(nn.Module):
         return self.attention(self.norm(self.embedding(ids)), turn)
 
 
+@dataclass(frozen=True)
+class Faster(Optimizer):
+    """An optimizer that gives the parameters of some modules `ratio` times its learning rate, schedule included."""
+
+    modules: tuple[nn.Module, ...] = ()
+    ratio: float = 1.0
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        built, own = super().__call__(parameters), {id(p) for module in self.modules for p in module.parameters()}
+        for group in list(built.param_groups):
+            faster = [p for p in group["params"] if id(p) in own]
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            if faster:
+                built.add_param_group({**group, "params": faster, "ratio": self.ratio})
+        return built
+
+
 def sink_ids(count: int) -> Tensor:
     """(count, n) random words after a first one that is always the same."""
     ids = torch.randint(1, 32, (count, SINK_LENGTH))
@@ -229,9 +236,8 @@ def sink_loss(answered: Tensor, target: Tensor) -> Tensor:
 def sink_task(cfg: Config, stage: Run, gate: GateOptions | None) -> dict[str, float]:
     answers = torch.randn(32, ANSWER, generator=torch.Generator().manual_seed(stage.seed)).to(stage.device)
     net = Sink(gate)
-    gates = [module for module in net.modules() if isinstance(module, Gate)]
-    net, optimizer = stage.trainable("net", net, cfg.sink_optimizer)
-    hasten(optimizer, [p for gate in gates for p in gate.parameters()], cfg.sink_gate_rate)
+    gates = tuple(module for module in net.modules() if isinstance(module, Gate))
+    net, optimizer = stage.trainable("net", net, Faster(**vars(cfg.sink_optimizer), modules=gates, ratio=cfg.sink_gate_rate))
     for _ in stage.steps(cfg.sink_steps):
         ids = sink_ids(64).to(stage.device)
         stage.update(optimizer, mse=sink_loss(net(ids), sink_targets(ids, answers)[0]))

@@ -8,7 +8,6 @@ import torch
 from stillroom.catalogue import cards
 from stillroom.core.config import override
 from stillroom.core.errors import UserError
-from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.data.sequences import BackCopy, Rows
 from stillroom.lm.diagnostics import attention_maps, gate_scores
@@ -70,11 +69,11 @@ def test_an_attention_without_residual_or_bias_is_silent_when_its_gate_is_shut()
     torch.testing.assert_close(net(changed)[:, :-1], half[:, :-1])
 
 
-def test_some_parameters_learn_at_a_multiple_of_the_rate(run):
+def test_some_modules_learn_at_a_multiple_of_the_rate(run):
     net = recipe.Sink(GateOptions())
-    optimizer = Optimizer("adamw", 1e-2, schedule="cosine", warmup=1, weight_decay=0.1)
+    held_gate = net.attention.gate
+    optimizer = recipe.Faster("adamw", 1e-2, schedule="cosine", warmup=1, weight_decay=0.1, modules=(held_gate,), ratio=10.0)
     held, built = run.trainable("net", net, optimizer)
-    recipe.hasten(built, (held_gate := net.attention.gate).parameters(), 10.0)
     fast = [p for group in built.param_groups if group.get("ratio", 1.0) == 10.0 for p in group["params"]]
     assert [id(p) for p in fast] == [id(p) for p in held_gate.parameters()]
     assert sum(len(group["params"]) for group in built.param_groups) == len(list(held.parameters()))

@@ -1,5 +1,6 @@
 """Token KD: its loss against closed forms, and what each mode's loop learns from, when and how often."""
 
+import json
 import math
 
 import pytest
@@ -173,7 +174,8 @@ def test_sequence_mode_learns_what_the_teacher_writes(run, monkeypatch):
 
 
 def test_plain_training_asks_no_teacher(run):
-    seen = traced(run, kd_weight=0.0, ce_weight=1.0)
+    seen = traced(run, kd_weight=0.0, ce_weight=1.0, test_limit=130)
+    assert len(seen.calls("continued")[-1].args[2]) == 128  # prompts of the student's own text
     assert all(call.args[4] is None for call in seen.calls("token_loss"))
     assert [call.args[4].kind for call in seen.calls("capture")] == ["states"]
 
@@ -191,6 +193,7 @@ def test_a_student_with_other_tokens_learns_across_tokenizers(run, changes, kind
     (made,) = seen.calls("group_loss")
     assert made.args[2:4] == (changes.get("ce_weight", 0.0), changes.get("kd_weight", 1.0))
     assert {"nll", "group_kl"} <= seen.metrics.keys()
+    assert "own_kl" not in seen.metrics
     assert seen.nets["student"].spec["vocabulary"] == 72
 
 
@@ -289,6 +292,39 @@ IDLE = [
 def test_a_flag_without_effect_is_refused(changes, why):
     with pytest.raises(UserError, match=why):
         recipe.check_flags(override(recipe.Config(), changes))
+
+
+def test_flags_with_effect_are_taken():
+    for changes in ({"kind": "jsd", "beta": 0.1}, {"kind": "reverse_kl"}, {"temperature": 2.0, "times_t2": True},
+                    {"mode": "sequence", "sampling_temperature": 0.5, "writings": 2}):  # fmt: skip
+        recipe.check_flags(override(recipe.Config(), changes))
+
+
+def test_batches_of_unequal_rows_find_the_teachers_words_at_their_place(run, tmp_path):
+    lines = [{"question": "q" * (i % 3 + 1), "answer": "a" * (i % 5 + 1)} for i in range(40)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = traced(run, data=str(tmp_path / "qa.jsonl"), length=20, signal="full", batch_size=2, limit=0, steps=8)
+    for call, batch in zip(seen.calls("token_loss"), seen.calls("taken")[-8:], strict=True):
+        rows, labels, logits = batch.result[1], call.args[3], call.args[4].logits
+        assert len(logits) == len(labels)
+        want = seen.nets["teacher"](rows.ids, attention_mask=rows.mask).logits[:, :-1].flatten(0, 1).softmax(-1)
+        kept = labels != -100
+        assert 0 < int(kept.sum()) == int(call.result.tokens)
+        torch.testing.assert_close(logits.softmax(-1)[kept], want[kept], atol=2e-3, rtol=0)
+    assert len(seen.calls("continued")[-1].args[2]) == 2  # all of the few test prompts
+
+
+def test_few_prompts_of_a_file_are_enough_for_the_own_text(run, tmp_path):
+    (tmp_path / "t.txt").write_text("abcdefghijkl" * 200)
+    seen = traced(run, data=str(tmp_path / "t.txt"))
+    assert len(seen.calls("continued")[-1].args[2]) == 4
+
+
+def test_teachers_by_name_come_from_the_runs_store(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(recipe, "load_causal", lambda spec, **how: asked.append((spec, how)) or (None, None))
+    recipe.find_teacher(recipe.Config(teacher="gguf:x"), run)
+    assert asked == [("gguf:x", {"store": run.store})]
 
 
 @pytest.mark.parametrize("arm", recipe.ARMS)
