@@ -162,7 +162,7 @@ class MaskedText(nn.Module):
         transformers = needs("transformers", "hf")
         config = copy.deepcopy(self.model.config)
         config.num_labels = classes
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        model = transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         model.base_model.load_state_dict(self.model.base_model.state_dict(), strict=False)  # a pooler, if it has one, is part of the head
         return with_dropout(TextClassifier(model, self.tokenizer), dropout)
 

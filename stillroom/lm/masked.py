@@ -11,7 +11,7 @@ def load_masked_text(spec: str, *, ratio: float) -> MaskedText:
     """The masked language model and tokenizer that `hf:ID-or-folder` names. UserError for anything else."""
     model, transformers = pretrained(spec, "AutoModelForMaskedLM"), needs("transformers", "hf")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.partition(":")[2])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.partition(":")[2], trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{spec}: the tokenizer could not be loaded: {error}") from error
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:

@@ -54,7 +54,7 @@ class Corpus:
         if kind != "hf" or not name:
             raise UserError(f"--tokenizer {self.tokenizer}: write hf:ID-or-folder.")
         try:
-            return needs("transformers", "hf", self.tokenizer).AutoTokenizer.from_pretrained(name)
+            return needs("transformers", "hf", self.tokenizer).AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"--tokenizer {self.tokenizer} could not be loaded: {str(error).splitlines()[0]}") from error
 

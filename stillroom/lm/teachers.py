@@ -14,6 +14,7 @@ from stillroom.core.errors import UserError, needs
 from stillroom.core.store import Store, replacing
 from stillroom.lm.output import require_head
 from stillroom.lm.tokenizer import Characters
+from stillroom.nets.checked import only_safetensors
 from stillroom.nets.decoder import Decoder, GateOptions
 
 KINDS = "hf:ID-or-folder, gguf:FILE.gguf, gguf:PACKAGE or run:FOLDER"
@@ -60,7 +61,7 @@ def _own(folder: Path, config: dict[str, Any]) -> tuple[Decoder, Any]:
     net.load_state_dict(load_file(folder / "model.safetensors"), strict=not spec["tied"])
     if config["words"] is not None:
         return net, Characters.of(config["words"])
-    return net, needs("transformers", "hf", str(folder)).AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return net, needs("transformers", "hf", str(folder)).AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
 
 
 def _transformers(name: str) -> tuple[nn.Module, Any]:
@@ -68,8 +69,11 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if Path(name).is_dir():
+        only_safetensors(Path(name))
     try:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} could not be loaded as a causal language model: {str(error).splitlines()[0]}") from error
     require_head(model, name)
@@ -101,12 +105,12 @@ def _converted(file: Path, store: Store) -> Path:
             if not folder.exists():
                 with replacing(folder) as fresh:
                     place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-                    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+                    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, trust_remote_code=False)
                     settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
                     plain = type(read)(type(read.config)(**settings))  # what was read still calls itself quantized, and refuses to be saved
                     plain.load_state_dict(read.state_dict())
                     plain.save_pretrained(fresh)
-                    AutoTokenizer.from_pretrained(**place).save_pretrained(fresh)
+                    AutoTokenizer.from_pretrained(**place, trust_remote_code=False).save_pretrained(fresh)
     return folder
 
 

@@ -6,12 +6,14 @@ import copy
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stillroom.core.errors import UserError
+from stillroom.nets.checked import Fields, check_parameters
 from stillroom.nets.convnet import average_convnet, convnet
 from stillroom.nets.mlp import mlp
 from stillroom.nets.parts import Classifier
@@ -24,6 +26,8 @@ NAMES = (
     "residual-mlp-w128-d6", "vit-p2-w32-d3",
 )  # fmt: skip
 """Examples; any widths, and any resnet of 6n+2 layers, can be built."""
+DEEPEST, WIDEST, PARAMETERS = 2**10, 2**16, 2**28
+"""No small network has more layers, units in a layer, or parameters (a gigabyte)."""
 
 
 def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[float], std: Sequence[float]) -> Classifier:
@@ -32,13 +36,40 @@ def build(name: str, *, classes: int, channels: int, size: int, mean: Sequence[f
     `mlp-AxB` has hidden layers of A and B units (`mlp`: 256x256), `convnet-wN` stages of N, 2N and 4N channels (`convnet`: 16),
     `convnet-avg-AxBxC` stages of A, B and C channels with average-pooling, `resnetD` D = 6n+2 layers; `preact-resnet18`;
     `residual-mlp-wN-dD` D residual blocks of N units; `vit-pP-wW-dD` patches of P pixels, width W and D blocks. Each has
-    `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like. UserError for any other name.
+    `features(images)`, `head` (nn.Linear) and `spec`: `build(**net.spec)` builds its like. UserError for any other name, for images that
+    the network cannot take, and for sizes that are not small.
     """
+    shape: dict[str, Any] = {"classes": classes, "channels": channels, "size": size, "mean": tuple(mean), "std": tuple(std)}
+    widths, depths = ([int(number) for number in re.findall(pattern, name[:100])] for pattern in (r"\d+", r"(?:-d|resnet)(\d+)"))
+    if len(name) > 100 or max(widths, default=0) > WIDEST or max(depths, default=0) > DEEPEST:
+        raise UserError(f"{name[:100]} is no small network: they have at most {DEEPEST} layers, of at most {WIDEST} units.")
+    check_parameters(lambda: _assembled(name, **shape), PARAMETERS, f"{name} on images of {channels} x {size} x {size}")
+    return _assembled(name, **shape)
+
+
+def rebuild(spec: Any, file: Path) -> Classifier:
+    """A freshly initialised network of the `spec` that a JSON file holds as `stillroom`. UserError naming the file and the field."""
+    fields = Fields(file, spec, "stillroom")
+    channels = fields.whole("channels", 2**12)
+    shape: dict[str, Any] = {"classes": fields.whole("classes", 2**20), "channels": channels, "size": fields.whole("size", 2**12)}
+    shape |= {"mean": fields.numbers("mean", channels), "std": fields.numbers("std", channels, positive=True)}
+    name = fields.text("name")
+    fields.only("name", *shape)
+    try:
+        return build(name, **shape)
+    except UserError as error:
+        raise UserError(f"{file}: stillroom.name: {error}") from error
+
+
+def _assembled(name: str, *, classes: int, channels: int, size: int, mean: Sequence[float], std: Sequence[float]) -> Classifier:
+    """What `build` builds, whatever its size."""
     if name == "preact-resnet18":
         body, width = preact_resnet18(channels)
     elif match := re.fullmatch(r"mlp(?:-([1-9]\d*(?:x[1-9]\d*)*))?", name):
         body, width = mlp(channels * size * size, [int(units) for units in (match[1] or "256x256").split("x")])
     elif match := re.fullmatch(r"convnet(?:-w([1-9]\d*))?", name):
+        if size < 4:
+            raise UserError(f"{name} halves images twice, which leaves nothing of {size} x {size} pixels: take an mlp or a resnet.")
         body, width = convnet(channels, int(match[1] or 16))
     elif match := re.fullmatch(r"residual-mlp-w([1-9]\d*)-d([1-9]\d*)", name):
         body, width = residual_mlp(channels * size * size, int(match[1]), int(match[2]))

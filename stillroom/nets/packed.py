@@ -82,6 +82,8 @@ def load_packed(net: nn.Module, file: Path) -> None:
         with safe_open(file, "pt") as opened:
             layout = json.loads((opened.metadata() or {})["layout"])
             parts = {key: opened.get_tensor(key) for key in ("codes", "scales", "levels", "rest")}
+        if [parts[key].dtype for key in parts] != [torch.uint8, torch.float32, torch.float32, torch.uint8] or parts["scales"].ndim != 2:
+            raise ValueError("its tensors are of other types")
         state = {}
         for (name, tensor), form in zip(_tensors(net), layout, strict=True):
             count = tensor.numel()
@@ -90,6 +92,8 @@ def load_packed(net: nn.Module, file: Path) -> None:
                 state[name] = raw.clone().view(tensor.dtype).view(tensor.shape)
                 continue
             bits, bucket, levels = form
+            if not (isinstance(bits, int) and isinstance(bucket, int) and 1 <= bits <= 32 and bucket >= 0):
+                raise ValueError(f"its layout says {form} of {name}")
             codes = unpack(_take(parts, "codes", -(-count * bits // 8)), bits, count)
             size = bucket or count
             alpha, beta = _take(parts, "scales", -(-count // size)).unbind(0)
@@ -97,7 +101,7 @@ def load_packed(net: nn.Module, file: Path) -> None:
         if left := [key for key, part in parts.items() if part.shape[-1]]:
             raise ValueError(f"{left[0]} holds more than this net takes")
         net.load_state_dict(state)
-    except (OSError, KeyError, IndexError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, IndexError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{file} could not be read into {type(net).__name__} ({error}). It may be damaged, or another net's.") from error
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -15,12 +16,26 @@ from torch import nn
 from stillroom.core.errors import UserError, needs
 from stillroom.data.images import ImageData
 from stillroom.nets import packed
-from stillroom.nets.build import build
+from stillroom.nets.build import build, rebuild
+from stillroom.nets.checked import (
+    Fields,
+    check_parameters,
+    is_number,
+    is_whole,
+    loading,
+    only_safetensors,
+    read_object,
+    room_for,
+)
+from stillroom.nets.pretrained import configured
 from stillroom.nets.wrapped import Backbone, Encoder, Wrapped
 from stillroom.vision.saving import WEIGHTS
 
 KINDS = "small:NAME, hf:ID-or-folder, run:FOLDER or timm:NAME"
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+LARGEST_SIDE = 2**14
+"""Pixels a side."""
+LARGEST_FRESH = 2**32
+"""Parameters of a network that is made with random weights: 16 gigabytes."""
 
 
 def load_classifier(spec: str, *, data: ImageData, fresh: bool = False) -> nn.Module:
@@ -63,11 +78,11 @@ def load_encoder(spec: str, *, data: ImageData, fresh: bool = False) -> nn.Modul
     transformers = needs("transformers", "hf")
     try:
         if fresh:
-            config = transformers.AutoConfig.from_pretrained(name)
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             config.num_channels = data.channels
             size = _expected_size(config, _read_processor(transformers, name))
             return Backbone(transformers.AutoModel.from_config(config), size, data.mean, data.std)
-        model = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
+        model = transformers.AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"hf:{name} could not be loaded: {error}") from error
     return wrap(model, name, data=data, kind=Backbone)
@@ -100,7 +115,8 @@ def _saved(folder: Path, data: ImageData | None, fresh: bool, any_classes: bool 
             f"{folder} holds a {config.get('class', 'network')}, which only Python can load: build it with your own code, give it "
             f"safetensors.torch.load_file('{folder / WEIGHTS}') and pass the module to the recipe's main()."
         )
-    spec = config["stillroom"]
+    net = rebuild(config["stillroom"], folder / "config.json")
+    spec = net.spec
     if not any_classes:
         _same_classes(str(folder), spec["classes"], data)
     if data is not None and (spec["channels"], spec["size"]) != (data.channels, data.size):
@@ -108,11 +124,12 @@ def _saved(folder: Path, data: ImageData | None, fresh: bool, any_classes: bool 
             f"{folder} takes images of {spec['channels']} channels and {spec['size']} pixels a side, but {data.name} has "
             f"{data.channels} channels and {data.size} pixels."
         )
-    net = build(**spec)
     if not fresh and (folder / packed.FILE).is_file():
         packed.load_packed(net, folder / packed.FILE)
     elif not fresh:
-        _only_safetensors(folder)
+        only_safetensors(folder)
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder / WEIGHTS} is not a file.")
         try:
             net.load_state_dict(load_file(folder / WEIGHTS))
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -125,33 +142,47 @@ def _transformers(name: str, data: ImageData | None, fresh: bool) -> nn.Module:
     folder = Path(name)
     if folder.is_dir() and "model_type" not in _config(folder):
         raise UserError(f"{folder / 'config.json'} names no transformers model. A student of Stillroom loads as run:{folder}.")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        processor = _read_processor(transformers, name)
-        if fresh and data is not None:
+    config, processor = configured(name), _read_processor(transformers, name)
+    auto = transformers.AutoModelForImageClassification
+    if fresh and data is not None:
+        with loading(f"hf:{name}"):
             config.id2label = dict(enumerate(data.classes))
             config.label2id = {label: number for number, label in enumerate(data.classes)}
             config.num_channels = data.channels
-            model = transformers.AutoModelForImageClassification.from_config(config)
-            return Wrapped(model, _expected_size(config, processor), data.mean, data.std)
-        _same_classes(name, config.num_labels, data)
+            check_parameters(lambda: auto.from_config(config, trust_remote_code=False), LARGEST_FRESH, folder / "config.json")
+            model = auto.from_config(config, trust_remote_code=False)
+        return _answering(Wrapped(model, _expected_size(config, processor), data.mean, data.std), name, data)
+    _same_classes(name, config.num_labels, data)
+    if folder.is_dir():
+        only_safetensors(folder)
+    coded = (folder / packed.FILE).is_file()
+    with loading(f"hf:{name}"):
         if folder.is_dir():
-            _only_safetensors(folder)
-        if coded := (folder / packed.FILE).is_file():
-            model, missing = transformers.AutoModelForImageClassification.from_config(config), set()
+            check_parameters(lambda: auto.from_config(config, trust_remote_code=False), room_for(folder), folder / "config.json")
+        if coded:
+            model, missing = auto.from_config(config, trust_remote_code=False), set()
         else:
-            model, report = transformers.AutoModelForImageClassification.from_pretrained(
-                name, use_safetensors=True, output_loading_info=True
-            )
+            model, report = auto.from_pretrained(name, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
             missing = report["missing_keys"]
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"hf:{name} could not be loaded: {error}") from error
     if missing:
         raise UserError(f"hf:{name} is not a trained classifier: its weights lack {', '.join(sorted(missing)[:3])}.")
     net = wrap(model, name, data=data)
     if coded:
         packed.load_packed(net, folder / packed.FILE)
-    return net
+    return _answering(net, name, data)
+
+
+def _answering(net: Wrapped, name: str, data: ImageData | None) -> Wrapped:
+    """The net, which has answered one black image: a config that loads can still describe a network that takes no image. UserError if
+    it does not give a logit per class."""
+    channels, size = (data.channels, data.size) if data is not None else (len(net.normalise.mean), net.size or 32)
+    training = net.training
+    with loading(f"hf:{name}: its config or processor fits no image of {channels} x {size} x {size}, so that it"), torch.no_grad():
+        logits = net.eval()(torch.zeros(1, channels, size, size))
+    config: Any = net.model.config
+    if logits.shape != (1, config.num_labels):
+        raise UserError(f"hf:{name} gives {tuple(logits.shape)} for an image, where {config.num_labels} logits were expected.")
+    return net.train(training)
 
 
 def _normalisation(
@@ -159,6 +190,8 @@ def _normalisation(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # fmt: skip
     """Mean and deviation by which the model's images in [0, 1] are normalised. UserError if its channels are not those of `data`."""
     channels = getattr(config, "num_channels", 3)
+    if not is_whole(channels):
+        raise UserError(f"hf:{name}: num_channels is {channels!r}, where a whole number was expected.")
     if data is not None and data.channels not in (1, channels):
         raise UserError(f"hf:{name} takes images of {channels} channel(s), but {data.name} has {data.channels}.")
     if not processor:
@@ -166,18 +199,52 @@ def _normalisation(
     scale = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255.0
     normalise = processor.get("do_normalize", True)
     mean, std = (
-        tuple(value / scale for value in (processor.get(key) or [0.5] * channels)) if normalise else (plain / scale,) * channels
-        for key, plain in (("image_mean", 0.0), ("image_std", 1.0))
-    )
+        processor.get(key, (0.5,)) if normalise else (plain,) for key, plain in (("image_mean", 0.0), ("image_std", 1.0))
+    )  # fmt: skip
+    for key, values in (("image_mean", mean), ("image_std", std)):
+        if len(values) not in (1, channels):
+            raise UserError(f"hf:{name}: its processor's {key} has {len(values)} values, but the model takes {channels} channels.")
+    mean, std = (tuple(value / scale for value in (values * channels if len(values) == 1 else values)) for values in (mean, std))
     return mean, std
 
 
 def _read_processor(transformers: Any, name: str) -> dict[str, Any]:
-    """preprocessor_config.json, read without the image processor's class, which may want torchvision; empty if there is none."""
-    try:
-        return transformers.BaseImageProcessor.get_image_processor_dict(name)[0]
-    except OSError:
-        return {}
+    """What preprocessor_config.json (or processor_config.json) says, without what is null, checked; empty if there is none.
+
+    It is read without the image processor's class, which may want torchvision. Mean and deviation are given as tuples. UserError naming
+    the file and the field.
+    """
+    found: Any = {}
+    where: Path | str = f"the image processor of hf:{name}"
+    if not Path(name).is_dir():
+        with suppress(OSError):
+            found = transformers.BaseImageProcessor.get_image_processor_dict(name)[0]
+    else:
+        for file in (Path(name) / "preprocessor_config.json", Path(name) / "processor_config.json"):
+            if file.exists() and (inner := read_object(file)) and (file.name.startswith("pre") or "image_processor" in inner):
+                found, where = inner.get("image_processor", inner), file
+    fields = Fields(where, found)
+    for flag in ("do_resize", "do_rescale", "do_normalize", "do_center_crop"):
+        fields.flag(flag, True)
+    for field in ("size", "crop_size"):
+        if not all(is_whole(side, LARGEST_SIDE) for side in _sides(found.get(field))):
+            raise fields.wrong(field, f"a whole number from 1 to {LARGEST_SIDE}, a list of such, or an object with height and width,")
+    said = {field: value for field, value in found.items() if value is not None}
+    if "rescale_factor" in said and not is_number(said["rescale_factor"], positive=True):
+        raise fields.wrong("rescale_factor", "a positive number")
+    for field in said.keys() & {"image_mean", "image_std"}:
+        values = said[field] if isinstance(said[field], list) else [said[field]]
+        if not values or not all(is_number(value, positive=field == "image_std") for value in values):
+            raise fields.wrong(field, "a number for each channel")
+        said[field] = tuple(values)
+    return said
+
+
+def _sides(size: Any) -> list[Any]:
+    """The numbers in a processor's size, which may be one, a list, or an object; [None] for an empty list."""
+    if isinstance(size, Mapping):
+        return [side for side in size.values() if side is not None]
+    return [] if size is None else (size or [None]) if isinstance(size, list) else [size]
 
 
 def _expected_size(config: Any, processor: Mapping[str, Any]) -> int | None:
@@ -190,7 +257,7 @@ def _expected_size(config: Any, processor: Mapping[str, Any]) -> int | None:
         if isinstance(size, Mapping):
             size = size.get("height") or size.get("shortest_edge")
         if isinstance(size, list | tuple):
-            size = size[0]
+            size = size[0] if size else None
         if isinstance(size, int):
             return size if processor.get("do_resize", True) else None
     return None
@@ -214,22 +281,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         what = "there is no such folder" if not folder.is_dir() else "the folder has no config.json"
         raise UserError(f"{folder}: {what}. Give the folder that save_pretrained, or an earlier run, has written.")
-    try:
-        return dict(json.loads(file.read_text()))
-    except ValueError as error:
-        raise UserError(f"{file} is not readable JSON ({error}).") from error
-
-
-def _only_safetensors(folder: Path) -> None:
-    files = sorted(path.name for path in folder.iterdir() if path.is_file())
-    if any(name.endswith(".safetensors") for name in files):
-        return
-    if pickles := [name for name in files if Path(name).suffix in PICKLES]:
-        raise UserError(
-            f"{folder}: {pickles[0]} is a pickle, which can run code when it is opened, and was not opened. If you trust its source, "
-            "convert it once: load it in Python and save it with save_pretrained or safetensors.torch.save_file."
-        )
-    raise UserError(f"{folder}: no weights were found (*.safetensors).")
+    return read_object(file)
 
 
 def _same_classes(name: str, count: int, data: ImageData | None) -> None:

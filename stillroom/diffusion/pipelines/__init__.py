@@ -31,7 +31,7 @@ def load(where: str, size: int = 0, guidance: float = 1.0) -> Pipeline:
         index = json.loads((folder / "model_index.json").read_text())
         absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(where, **absent)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(where, trust_remote_code=False, **absent)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot load the diffusers pipeline {where}: {str(error).splitlines()[0]}") from None
     if hasattr(pipe, "set_progress_bar_config"):
