@@ -116,16 +116,17 @@ class Store:
                     for leftover in self.leftovers(folder):
                         shutil.rmtree(leftover)
                     with _draws(folder.name[-15:]):
-                        found = {k: v.detach().to("cpu").contiguous() for k, v in build(*inputs).items()}
+                        tensors = {k: v.detach().to("cpu").contiguous() for k, v in build(*inputs).items()}
                     try:
                         with replacing(folder) as fresh:
-                            save_file(found, fresh / TENSORS)
+                            save_file(tensors, fresh / TENSORS)
                             entry = {"name": name, "kind": "tensors", "made": time.time(), "digest": _digest(fresh / TENSORS)}
                             (fresh / "entry.json").write_text(json.dumps(entry))
                     except (OSError, SafetensorError) as error:
                         raise UserError(
                             f"cannot write to the store {self.folder} ({error}): free space, or choose another --cache."
                         ) from None
+                    found = load_file(folder / TENSORS)  # where they lie in memory can decide the last bit of what is made of them
         os.utime(folder)  # the time of last use, shown by `stillroom cache`
         return found
 
