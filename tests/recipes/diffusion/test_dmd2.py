@@ -95,6 +95,23 @@ def test_backward_simulation_reaches_a_random_step_with_gradient_in_the_last_cal
     assert not seen.calls("head")
 
 
+def test_the_noise_between_steps_is_the_settings_and_without_a_head_the_fake_learns_alone(run: Run) -> None:
+    setting = ring(8)
+    setting.noise_like = lambda x, cond=None: torch.full_like(x, 0.5)
+    seen = trace(dmd2, run, {**QUICK, "steps": 2, "gan_weight": 0.0, "updates": 3, "low": 0.3, "high": 0.6}, setting=setting)
+    first, second = next(calls[:2] for s in range(8) if len(calls := seen.calls("generator", step=s)) == 2)
+    torch.testing.assert_close(second.args[0], 0.5 * first.result.x0 + 0.25)
+    assert seen.steps("fake") == list(range(9))
+    assert seen.steps("generator") == [0, 3, 6]
+    assert all(u.moved == {"fake"} for u in seen.updates("fake"))
+    (asked,) = [c for c in seen.calls("fake", step=1) if c.grad]
+    made, t = seen.calls("generator", step=1)[-1].result.x0, asked.args[1][:, None].float()
+    torch.testing.assert_close(asked.args[0], (1 - t) * made + 0.5 * t)
+    torch.testing.assert_close(seen.updates("fake")[1].parts["denoising"], (asked.result - (0.5 - made)).square().mean(1))
+    judged = [c.args[1] for c in seen.calls("generator") if not c.training]
+    assert judged == [1.0, 0.5]
+
+
 def test_every_process_draws_the_same_steps(tmp_path: Path) -> None:
     """Another rank's own generator gives other noises, and the same steps."""
     found = []
