@@ -174,7 +174,7 @@ def _open(source: Files | Cells, row: int) -> Any:
 
     try:
         image = Image.open(io.BytesIO(source.encoded(row)))
-    except Exception as error:  # as above
+    except Exception as error:  # as in `Decoder`
         raise BadImage(_broken(source, row, error)) from error
     if image.mode not in GREY | COLOUR:
         raise BadImage(f"{source.where(row)}: pixels of mode {image.mode!r} are not understood. Convert the image to 8 bits a channel.")
