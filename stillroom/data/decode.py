@@ -17,6 +17,8 @@ from stillroom.core.store import fingerprint
 
 GREY = {"1", "L", "LA"}
 COLOUR = {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+LARGEST = 2**30
+"""Bytes of an image's file."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Files:
         return str(self.paths[row])
 
     def encoded(self, row: int) -> bytes:
-        return self.paths[row].read_bytes()
+        return _read(self.paths[row])
 
     def fingerprint(self) -> str:
         return fingerprint([stamp(path) for path in self.paths])
@@ -60,7 +62,7 @@ class Cells:
         cell = self.cells[row]
         cell = cell.as_py() if hasattr(cell, "as_py") else cell
         if isinstance(cell, dict):
-            cell = cell.get("bytes") or (Path(cell["path"]).read_bytes() if cell.get("path") else None)
+            cell = cell.get("bytes") or (_read(Path(cell["path"])) if isinstance(cell.get("path"), str) and cell["path"] else None)
         if not isinstance(cell, bytes):
             raise ValueError("the cell holds no image")
         return cell
@@ -69,9 +71,18 @@ class Cells:
         return self.key
 
 
+def _read(path: Path) -> bytes:
+    """A file's content. ValueError for a pipe or device, which might never end, and for what no image is as large as."""
+    if not path.is_file():
+        raise ValueError("there is no regular file")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"the file has {path.stat().st_size} bytes")
+    return path.read_bytes()
+
+
 def stamp(path: Path) -> tuple[str, int, int]:
-    """Name, bytes and time of change: what tells that a file is another one."""
-    status = path.stat()
+    """Name, bytes and time of change: what tells that a file is another one. Of a link to nothing, its own."""
+    status = path.stat() if path.exists() else path.lstat()
     return str(path), status.st_size, status.st_mtime_ns
 
 
@@ -114,7 +125,7 @@ class Decoder:
             raise BadImage(f"{self.source.where(row)}: a colour image among grey ones. Convert it to grey, or all others to colour.")
         try:
             image = ImageOps.exif_transpose(image.convert("L" if self.channels == 1 else "RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # a damaged file fails in any line of its format's reader
             raise BadImage(_broken(self.source, row, error)) from error
         side = (self.size, self.size)
         if self.resize:
@@ -163,7 +174,7 @@ def _open(source: Files | Cells, row: int) -> Any:
 
     try:
         image = Image.open(io.BytesIO(source.encoded(row)))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # as in `Decoder`
         raise BadImage(_broken(source, row, error)) from error
     if image.mode not in GREY | COLOUR:
         raise BadImage(f"{source.where(row)}: pixels of mode {image.mode!r} are not understood. Convert the image to 8 bits a channel.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ IMAGE_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 TEST_NAMES = ("test", "val", "valid", "validation")
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
+MOST_PIXELS, MOST_CLASSES = 2**14, 2**20
 MEMORY = 2**30
 """Sets that decode to fewer bytes are held in memory."""
 EMBEDDED: dict[str, Callable[[int], ImageData]] = {"digits": digits, "shapes": shapes, "spiral": spiral}
@@ -89,6 +91,8 @@ def load_images(
     """
     if any(value is not None and value < 1 for value in (labelled, limit, image_size)):
         raise UserError("labelled, limit and image-size must be at least 1.")
+    if image_size is not None and image_size > MOST_PIXELS:
+        raise UserError(f"--image-size must be at most {MOST_PIXELS}, not {image_size}.")
     if spec in EMBEDDED:
         if image_size is not None:
             raise UserError(f"The embedded {spec} images have a fixed size: leave --image-size out.")
@@ -142,7 +146,8 @@ def _folder(root: Path) -> tuple[Rows, Rows]:
         raise UserError(f"{root}: there is no such folder (nor an embedded set of that name: {', '.join(EMBEDDED)}). {LAYOUTS}")
     names = ("train", *TEST_NAMES)
     places = {
-        name: [place for end in ("", "-*") for sub in ("", "data/") for place in root.glob(f"{sub}{name}{end}.parquet")] for name in names
+        name: [place for end in ("", "-*") for sub in ("", "data/") for place in root.glob(f"{sub}{name}{end}.parquet") if place.is_file()]
+        for name in names
     }
     read: Callable[..., Rows] = _tables
     if not places["train"]:
@@ -158,18 +163,25 @@ def _folder(root: Path) -> tuple[Rows, Rows]:
 
 def _class_folders(places: Sequence[Path], classes: tuple[str, ...] | None) -> Rows:
     (place,) = places
-    found = sorted(folder.name for folder in place.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    found = sorted(folder.name for folder in _inside(place) if folder.is_dir() and not folder.name.startswith("."))
     classes = tuple(found) if classes is None else classes
     if unknown := sorted(set(found) - set(classes)):
         raise UserError(f"{place}: the class folder {unknown[0]!r} is not among the {len(classes)} classes of the training images.")
     paths, labels = [], []
     for name in found:
-        files = sorted(path for path in (place / name).iterdir() if path.suffix.lower() in IMAGE_FILES and not path.name.startswith("."))
+        files = sorted(path for path in _inside(place / name) if path.suffix.lower() in IMAGE_FILES and not path.name.startswith("."))
         paths += files
         labels += [classes.index(name)] * len(files)
     if not paths:
         raise UserError(f"{place}: no images in its class folders. {LAYOUTS}")
     return Rows(Files(tuple(paths)), torch.tensor(labels), classes)
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} could not be read ({error.strerror}).") from error
 
 
 def _tables(files: Sequence[Path], classes: tuple[str, ...] | None) -> Rows:
@@ -186,14 +198,26 @@ def _tables(files: Sequence[Path], classes: tuple[str, ...] | None) -> Rows:
     if not rows:
         raise UserError(f"{files[0]}: the table has no rows.")
     image, label = (_column(tables[0].column_names, names, str(files[0])) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
-    schema = json.loads((tables[0].schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = schema.get("info", {}).get("features", {}).get(label, {}).get("names")
+    names = _declared(tables[0].schema.metadata or {}, label, files[0])
     try:
         cells, labels = (pyarrow.chunked_array([c for t in tables for c in t[column].chunks]) for column in (image, label))
     except (KeyError, pyarrow.ArrowException) as error:
         raise UserError(f"{files[0].parent}: the tables {files[0].name} to {files[-1].name} have different columns ({error}).") from error
     source = Cells(cells, tuple(origin), fingerprint(image, [stamp(file) for file in files]))
     return _labelled(source, labels.to_pylist(), classes or (tuple(names) if names else None), label)
+
+
+def _declared(metadata: Mapping[bytes, bytes], label: str, file: Path) -> list[str] | None:
+    """The class names that the `datasets` library wrote into a table's metadata; None if it wrote none."""
+    try:
+        found = json.loads(metadata.get(b"huggingface", b"{}"))
+        for key in ("info", "features", label, "names"):
+            found = (found or {}).get(key)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: its huggingface metadata are damaged ({error}).") from error
+    if found is not None and not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+        raise UserError(f"{file}: the class names of {label} in its metadata are {reprlib.repr(found)}, not a list of names.")
+    return found
 
 
 def _hub(spec: str) -> tuple[Rows, Rows]:
@@ -233,6 +257,12 @@ def _column(columns: Sequence[str], wanted: Sequence[str], where: str) -> str:
 
 def _labelled(source: Cells, labels: list[Any], classes: tuple[str, ...] | None, column: str) -> Rows:
     """Labels as positions in `classes`, which without a declaration are those of the labels present."""
+    for row, value in enumerate(labels):
+        if value is not None and (not isinstance(value, int | str) or (isinstance(value, int) and value >= MOST_CLASSES)):
+            raise UserError(
+                f"{source.where(row)}: {column} is {reprlib.repr(value)}, neither a whole number below {MOST_CLASSES} nor a class's name. "
+                "Correct or remove the row."
+            )
     if classes is None:
         present = {label for label in labels if label is not None}
         whole = all(isinstance(label, int) for label in present)

@@ -18,6 +18,7 @@ from stillroom.data import load
 from stillroom.data.batches import Batches
 from stillroom.data.images import LazySplit, MemorySplit
 from stillroom.data.load import load_images
+from stillroom.nets.build import build
 
 
 def picture(value: int, size: tuple[int, int] = (6, 6), mode: str = "RGB") -> Image.Image:
@@ -272,6 +273,75 @@ def test_label_outside_the_classes(tmp_path, label):
     write_tables(tmp_path)
     write_table(tmp_path / "train-1.parquet", [0, label])
     refused("row 1 of", "train-1.parquet", repr(label), "2 classes", spec=tmp_path)
+
+
+@pytest.mark.parametrize("label", [10**12, 0.5, [1], {"a": 1}])
+def test_labels_without_declared_classes_have_a_range_and_a_type(tmp_path, label):
+    write_tables(tmp_path, names=())
+    write_table(tmp_path / "train.parquet", [label, label], names=())
+    write_table(tmp_path / "test.parquet", [label], names=())
+    refused("row 0 of", "train.parquet", "label is", spec=tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [b"{", b"[1]", b'{"info": {"features": 3}}', b'{"info": {"features": {"label": {"names": "ab"}}}}'])
+def test_damaged_metadata_of_a_table_are_named(tmp_path, metadata):
+    table = pq.read_table(write_tables(tmp_path) / "train.parquet")
+    pq.write_table(table.replace_schema_metadata({b"huggingface": metadata}), tmp_path / "train.parquet")
+    refused("train.parquet", "metadata", spec=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    odd = write_folder(tmp_path) / "train" / "dog" / "odd.png"
+    if kind == "pipe":
+        os.mkfifo(odd)  # reading it would wait for a writer
+    elif kind == "folder":
+        odd.mkdir()
+    else:
+        odd.symlink_to(tmp_path / "nothing")
+    refused("dog/odd.png", "regular file", "--skip-bad", spec=tmp_path)
+    with pytest.warns(UserWarning, match="1 of 17"):
+        assert len(load_images(str(tmp_path), seed=0, skip_bad=True, cache=Store(tmp_path / "store").cached).train) == 8
+
+
+def test_a_cell_that_points_to_a_pipe_is_not_read(tmp_path):
+    write_tables(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    images = [{"bytes": None, "path": str(tmp_path / "pipe.png")}, {"bytes": png(picture(1)), "path": None}]
+    pq.write_table(pa.table({"image": pa.array(images), "label": [0, 1]}), tmp_path / "train.parquet")
+    refused("row 0 of", "train.parquet", "regular file", spec=tmp_path)
+    (tmp_path / "train.parquet").unlink()
+    os.mkfifo(tmp_path / "train.parquet")
+    refused("no training images", spec=tmp_path)
+
+
+def test_a_file_larger_than_any_image_is_not_read(tmp_path):
+    file = write_folder(tmp_path) / "train" / "dog" / "1.png"
+    with file.open("r+b") as opened:
+        opened.truncate(2**40)  # a hole, which takes no room on the disk
+    refused("dog/1.png", "bytes", spec=tmp_path)
+
+
+def test_pictures_of_one_pixel(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            picture(5, (1, 1)).save(tmp_path / split / name / "0.png")
+    data = load_images(str(tmp_path), seed=0)
+    assert data.train.images().shape == (2, 3, 1, 1)
+    shape = {"classes": 2, "channels": 3, "size": 1, "mean": data.mean, "std": data.std}
+    for name in ("mlp-4", "resnet8", "residual-mlp-w4-d1", "preact-resnet18", "vit-p1-w16-d1"):
+        assert build(name, **shape).eval()(data.train.images()).isfinite().all()
+    for name in ("convnet", "convnet-avg-4", "vit-p2-w16-d1"):
+        with pytest.raises(UserError, match=name):
+            build(name, **shape)
+
+
+def test_readers_that_fail_in_their_own_ways_name_the_file(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    monkeypatch.setattr("PIL.Image.Image.convert", lambda *_: 1 / 0)
+    refused("cat/0.png", "not a readable image", spec=tmp_path)
+    refused("at most", spec=tmp_path, image_size=10**8)
 
 
 def test_parquet_without_the_columns_or_rows(tmp_path):

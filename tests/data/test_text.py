@@ -64,7 +64,10 @@ def test_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ([{"text": "a", "label": 0}], [{"text": "a", "label": 1}], "'?1'? of a test text is not among"),
+        ([{"text": "a", "label": 0}], [{"text": "a", "label": 1}], r"test\.jsonl, row 1: the label '?1'? of a test text is not among"),
+        ([{"text": "a", "label": [0]}], [{"text": "a", "label": 0}], r"train\.jsonl, row 1: the label is \[0\]"),
+        ([{"text": "a", "label": 0.5}], [{"text": "a", "label": 0}], r"train\.jsonl, row 1: the label is 0\.5"),
+        ([3], [{"text": "a", "label": 0}], r"train\.jsonl, line 1: 3 is no object"),
         ([{"words": "a", "label": 0}], [{"text": "a", "label": 0}], "no text or no label among the columns words, label"),
         ([{"text": "a", "label": 0}, {"text": None, "label": 0}], [{"text": "a", "label": 0}], "row 2: text and label must both"),
         ([], [{"text": "a", "label": 0}], "there are no texts"),
@@ -84,7 +87,21 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n{"text"')
     with pytest.raises(UserError, match=r"train\.jsonl, line 2: not readable JSON"):
         load(tmp_path)
+    (tmp_path / "train.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"train\.jsonl, line 1: not readable JSON"):
+        load(tmp_path)
+    (tmp_path / "train.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(UserError, match=r"train\.jsonl: not readable as UTF-8"):
+        load(tmp_path)
     (tmp_path / "train.jsonl").unlink()
     (tmp_path / "train.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(UserError, match="not a readable parquet"):
         load(tmp_path)
+
+
+def test_a_line_ends_only_at_a_line_feed(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            json.dumps({"text": "a\u2028b", "label": 0}, ensure_ascii=False) + "\r\n\n", encoding="utf-8"
+        )
+    assert load(tmp_path).train.ids.shape == (1, 3)

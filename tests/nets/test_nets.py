@@ -78,6 +78,24 @@ def test_unknown_names_suggest_near_ones(name, near):
         build(name, **GREY)
 
 
+@pytest.mark.parametrize("name", ["mlp-99999", "mlp-65536x65536", "vit-p1-w16-d9999", "resnet9998", "mlp" + "-1" * 99, "convnet-w30000"])
+def test_networks_that_are_not_small_are_refused_before_they_are_made(name):
+    with pytest.raises(UserError, match=r"no small network|parameters"):
+        build(name, **GREY)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counting_the_parameters_draws_nothing(name, monkeypatch):
+    torch.manual_seed(0)
+    net = build(name, **GREY)
+    after = torch.rand(1)
+    monkeypatch.setattr("stillroom.nets.build.check_parameters", lambda *_: None)
+    torch.manual_seed(0)
+    plain = build(name, **GREY)
+    assert torch.equal(after, torch.rand(1))
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in net.state_dict().items())
+
+
 @pytest.mark.parametrize("rows", [slice(2, 5), slice(None, None, 4), torch.tensor([3, 0])])
 def test_keep_outputs_gives_the_same_logits(rows):
     torch.manual_seed(0)
