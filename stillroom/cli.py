@@ -68,9 +68,8 @@ def show(name: Positional[str]) -> None:
     card, recipe = cards.find(name), cards.load(name)
     entry, other = ledgers.deciding().get(name, {}), ledgers.read_ledger().get(name, {})
     console = Console(highlight=False)
-    console.print(
-        f"[bold]{name}[/]  ({card.family}{', baseline' if card.baseline else ''}{', runs under FSDP2' if hasattr(recipe, 'FSDP2') else ''})\n"
-    )
+    facts = [card.family, *(["baseline"] if card.baseline else []), *(["runs under FSDP2"] if hasattr(recipe, "FSDP2") else [])]
+    console.print(f"[bold]{name}[/]  ({', '.join(facts)})\n")
     for kind, block in paragraphs((recipe.__doc__ or "").strip()):
         console.print(block + "\n", markup=False, no_wrap=kind == "pre", overflow="ignore", crop=False)
     table = Table("arm", "differs by", "seconds a seed", box=None, header_style="bold", pad_edge=False)

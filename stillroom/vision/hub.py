@@ -76,15 +76,15 @@ def load_encoder(spec: str, *, data: ImageData, fresh: bool = False) -> nn.Modul
     if kind != "hf" or not name:
         raise UserError(f"{spec!r} names no encoder: write small:NAME, hf:ID-or-folder or run:FOLDER.")
     transformers = needs("transformers", "hf")
-    try:
+    if not fresh and Path(name).is_dir():
+        only_safetensors(Path(name))
+    with loading(f"hf:{name}"):
+        config = configured(name)
         if fresh:
-            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             config.num_channels = data.channels
             size = _expected_size(config, _read_processor(transformers, name))
-            return Backbone(transformers.AutoModel.from_config(config), size, data.mean, data.std)
+            return Backbone(transformers.AutoModel.from_config(config, trust_remote_code=False), size, data.mean, data.std)
         model = transformers.AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"hf:{name} could not be loaded: {error}") from error
     return wrap(model, name, data=data, kind=Backbone)
 
 

@@ -87,9 +87,8 @@ def test_every_call_that_could_run_foreign_code_says_that_it_must_not():
     found = 0
     for file in Path(stillroom.__file__).parent.rglob("*.py"):
         tree = ast.parse(file.read_text())
-        others = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name == "load_encoder" for n in ast.walk(f)}
         for call in ast.walk(tree):
-            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute) or call in others:
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue
             name = ast.unparse(call.func)
             if call.func.attr == "from_pretrained" or (call.func.attr == "from_config" and "uto" in name):
