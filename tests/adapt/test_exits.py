@@ -116,6 +116,21 @@ def test_confidence_by_hand():
     torch.testing.assert_close(confidence(p.log() + 3), expected)
 
 
+def test_gates_decide_in_float32_whatever_the_heads_do():
+    """Under autocast heads answer in bfloat16; the numbers that gates see, and what they add up, are float32."""
+    torch.manual_seed(0)
+    heads, gates = Heads([8] * 3, 4), Gates(3)
+    features = [torch.randn(16, 8) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = heads(features)
+        assert [u.dtype for u in outputs] == [torch.float32] * 3
+        half = torch.stack([u.bfloat16() for u in outputs], 1)
+        assert confidence(half).dtype == gates(half).dtype == torch.float32
+        taken = exits_taken(gates, half)
+    assert torch.equal(taken, exits_taken(gates, half))  # inside of autocast as outside
+    assert torch.equal(taken, exits_taken(gates, half.float()))
+
+
 def reference_walk(g: list[float]) -> tuple[list[float], int]:
     """P and the exit taken, from the definitions, one image at a time."""
     p, conditional, exit = [], [], None

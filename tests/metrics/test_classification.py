@@ -7,8 +7,8 @@ from scipy.special import softmax
 from torch import nn
 
 from stillroom.data.images import MemorySplit
-from stillroom.metrics.classification import ClassificationMetrics, evaluate, reliability
-from stillroom.metrics.cost import cost
+from stillroom.metrics.classification import ClassificationMetrics, accuracy, evaluate, reliability
+from stillroom.metrics.cost import cost, parameters
 
 
 @pytest.fixture
@@ -101,3 +101,16 @@ def test_cost_counts_shared_weights_once():
     net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     net[1].weight = net[0].weight
     assert cost(net, torch.rand(2, 4))["bytes"] == 64
+
+
+def test_accuracy_is_the_one_of_all_metrics(predictions) -> None:
+    logits, labels = predictions
+    assert accuracy(logits, labels) == ClassificationMetrics.of(logits, labels).accuracy
+    assert accuracy(torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]]), torch.tensor([1, 1, 1])) == pytest.approx(2 / 3)
+
+
+def test_shared_parameters_count_once_and_buffers_do_not() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    assert parameters(net) == 12 + 6 + 12
+    net[2].weight = net[0].weight
+    assert parameters(net) == 12 + 6 + 3

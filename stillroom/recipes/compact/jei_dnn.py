@@ -20,8 +20,8 @@ Shrunk: net and data (a spiral whose later turns need depth), epochs and phases.
 Ours: the last epoch, where the reference keeps the best one by validation; phases counted from the end of the warm-up through all epochs,
 where its batch counter may start again with each (unconfirmed); the delivered student is chosen by validation accuracy and cost.
 Left out: other targets of the gates (only the best exit; later gates ignored), other losses of the exits ("single", "boosted"), p_max or
-0/1 in place of CE in the levels, heads with hidden layers, a conformal threshold over all exits: its ablations, for which no claim stands.
-Published results are figures, which were not read off.
+0/1 in place of CE in the levels, heads with hidden layers, a conformal threshold over all exits: its ablations, for which no claim stands;
+published results, which are figures and were not read off.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from stillroom.adapt.early_exit import (
     exits_taken,
 )  # fmt: skip
 from stillroom.adapt.exits import Exits, Table, find_exits
+from stillroom.catalogue.cards import refuse_idle
 from stillroom.catalogue.claims import Claim
 from stillroom.core.config import Count, Share
 from stillroom.core.errors import UserError
@@ -130,18 +131,21 @@ CLAIMS = [
 ]  # fmt: skip
 
 
-def unread(cfg: Config) -> list[str]:
-    """Flags that this config does not read."""
-    return [] if cfg.gate == "learned" else ["tradeoffs", "detach_ratio", "phase", "gate_optimizer"]
-
-
-def main(cfg: Config, run: Run, *, data: ImageData | None = None, teacher: nn.Module | None = None) -> dict[str, float]:
-    """Train the teacher if need be, then exits and gates at every trade-off; evaluate, choose, save. Keywords replace what is named.
-    UserError for flags that leave nothing to train."""
+def check(cfg: Config) -> None:
+    """UserError for flags that leave nothing to train, or that this run would ignore."""
     if not cfg.tradeoffs:
         raise UserError("--tradeoffs needs at least one price.", code=2)
     if cfg.warmup_epochs >= cfg.epochs:
         raise UserError(f"--warmup-epochs {cfg.warmup_epochs} leaves no epoch of {cfg.epochs} for the gates; raise --epochs.", code=2)
+    if cfg.gate != "learned":
+        presets = Config(), full(), replace(Config(), **TINY)  # type: ignore[arg-type]  # a plain dict
+        refuse_idle(cfg, presets, f"with --gate {cfg.gate}", "tradeoffs", "detach_ratio", "phase", "gate_optimizer")
+
+
+def main(cfg: Config, run: Run, *, data: ImageData | None = None, teacher: nn.Module | None = None) -> dict[str, float]:
+    """Train the teacher if need be, then exits and gates at every trade-off; evaluate, choose, save. Keywords replace what is named.
+    UserError as for `check`."""
+    check(cfg)
     data, validation = hold_out(data.to(run.device) if data else cfg.load(run), cfg.validation, run.seed)
     teacher = run.frozen(teacher if teacher is not None else cfg.classifier(run, data))
     exits = Exits(teacher, find_exits(teacher, cfg.exits))
