@@ -149,6 +149,8 @@ def recording(watch: Mapping[str, Any] | None = None) -> Iterator[Trace]:
         if isinstance(net, nn.Module) and known is None:
 
             def called(module: nn.Module, args: tuple, keywords: dict, result: Any) -> None:
+                if module is not net:  # a deep copy, which took the hook along
+                    return
                 given = {"args": _kept(args), "keywords": _kept(keywords), "result": _kept(result)}
                 here = place(latest[0] if latest else run)
                 seen.called.append(Call(name, **here, **given, grad=torch.is_grad_enabled(), training=module.training))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 
@@ -37,6 +38,7 @@ def main(cfg: Config, run: Run, *, scale: float = 1.0) -> dict[str, float]:
             stage.update(fast_sgd, gap(fast(torch.ones(3, 2)), torch.zeros(3, 1)))
     quick, quick_sgd = run.trainable("quick", fast, cfg.optimizer)
     ema = run.ema("average", quick, 0.5)
+    twin = copy.deepcopy(run.unwrap(quick))  # whose calls are nobody's
     for step in run.steps(cfg.steps):
         x = torch.randn(3, 2)
         with torch.no_grad():
@@ -45,6 +47,7 @@ def main(cfg: Config, run: Run, *, scale: float = 1.0) -> dict[str, float]:
             run.update(slow_sgd, scaled=scale * gap(slow(x), goal))
         run.update(quick_sgd, own=gap(quick(x), goal), zero=0 * quick(x).sum())
         ema.update()
+        twin(x)
         run.log(step_seen=step)
     return {"loss": 1.0}
 
@@ -76,6 +79,7 @@ def test_calls_tell_inputs_gradient_and_mode(run: Run) -> None:
     assert not any(call.grad or call.training for call in asked)
     assert all(call.grad and call.training for call in seen.calls("slow"))
     assert torch.equal(asked[0].args[0], seen.calls("slow", step=0)[0].args[0])
+    assert len(seen.calls("quick", stage="run")) == 8, "two a step, and none of a copy's"
     assert torch.equal(asked[0].result, seen.calls("gap", stage="run", step=0)[0].args[1])
 
 
