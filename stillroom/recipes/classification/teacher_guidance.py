@@ -10,9 +10,13 @@ zero. f_t is affine in a_t, so the best weight on held-out targets has a closed 
 [0, 1], with g the fit on labels alone and h the fit on previous predictions alone.
 
 "kernel" trains nothing: it is the closed form. "deep" refits a classifier over generations with a MSE between probabilities and
-estimates a* on validation predictions. The form of that estimate is elementary least squares; the paper's variant is unconfirmed, as
-are its CIFAR-10 figures. The teacher stays in eval mode (the released code puts it into train mode), the last net of a generation is
-the next teacher, and the validation split is never the test split.
+estimates a* on validation predictions, with one further fit a generation.
+
+Exact: targets, steps, limit, a* of the kernel part; the deep part's loss with means over classes and its norm term (code). Shrunk: ten
+noisy sines of 25 points; an MLP on 248 noisy digits. Ours: the deep estimate of a*, elementary least squares (the paper's variant is
+unconfirmed, as are its CIFAR-10 figures); the teacher in eval mode (the released code trains it along); the last net of a generation is the
+next teacher; the validation split is class-balanced and never the test split. Left out: a claim of optimal against fixed weights, which
+differ by nothing that this size could show; the paper's other kernels.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from stillroom.catalogue.cards import refuse_idle
 from stillroom.catalogue.claims import Claim
 from stillroom.core.config import Count, Natural, NonNegative, Positive, Share
 from stillroom.core.optim import Optimizer
@@ -99,7 +104,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "no labels": {"rule": "fixed", "label_weight": 0.0},
     "labels 0.35": {"rule": "fixed"},
     "optimal": {"steps": 5},
-    "deep, one fit": {"part": "deep", "generations": 1},
+    "deep, one long fit": {"part": "deep", "generations": 1, "fit_steps": 3500},
     "deep, no labels": {"part": "deep", "rule": "fixed", "label_weight": 0.0},
     "deep, labels 0.3": {"part": "deep", "rule": "fixed", "label_weight": 0.3},
     "deep, labels alone": {"part": "deep", "rule": "fixed", "label_weight": 1.0},
@@ -119,12 +124,24 @@ CLAIMS = [
         "deep: with some ground truth they are no worse than without by more than a point", metric="accuracy", arm="deep, labels 0.3",
         versus="deep, no labels", margin=-0.01,
     ),
-    Claim("deep: generations beat a single fit", metric="accuracy", arm="deep, optimal", versus="deep, one fit"),
+    Claim("deep: generations beat a single fit of as many steps", metric="accuracy", arm="deep, optimal", versus="deep, one long fit"),
 ]  # fmt: skip
 
 
+KERNEL = ("steps", "points", "held_out", "draws", "noise", "gamma", "ridge")
+DEEP = ("data", "limit", "image_size", "skip_bad", "labelled", "validation", "label_noise", "augment", "student", "generations",
+        "fit_steps", "batch_size", "optimizer", "norm_weight")  # fmt: skip
+
+
 def main(cfg: Config, run: Run, *, data: ImageData | None = None) -> dict[str, float]:
-    """The metrics of the chosen part: mean squared error to the noiseless sine, or a classifier's. `data` replaces the config's."""
+    """The metrics of the chosen part: mean squared error to the noiseless sine, or a classifier's. `data` replaces the config's.
+
+    UserError for flags of the other part, and for a weight that the rule computes.
+    """
+    presets = (Config(), full())
+    refuse_idle(cfg, presets, f"in the {cfg.part} part", *(DEEP if cfg.part == "kernel" else KERNEL))
+    if cfg.rule == "optimal":
+        refuse_idle(cfg, presets, "with --rule optimal, which computes it", "label_weight")
     return kernel(cfg, run) if cfg.part == "kernel" else deep(cfg, run, data)
 
 

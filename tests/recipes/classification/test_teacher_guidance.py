@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from stillroom import cli
+from stillroom.core.config import override
 from stillroom.core.errors import UserError
 from stillroom.core.run import Run
 from stillroom.data.embedded import digits
 from stillroom.data.images import hold_out
 from stillroom.recipes.classification import teacher_guidance as tg
+from stillroom.testing import trace
+from tests.recipes.common import assert_resumes
 
 F64 = torch.float64
 CFG = tg.Config()
@@ -109,25 +112,81 @@ def test_best_weight_against_a_grid_and_clipping() -> None:
     assert tg.best_weight(y, g, g) == 1.0
 
 
-def test_deep_teacher_is_frozen_in_eval_mode_and_students_start_fresh(run: Run, monkeypatch) -> None:
-    seen = []
-    original = tg.fit_net
+# -- the deep part -----------------------------------------------------------------------------------------------------------------
+SMALL = {"generations": 3, "fit_steps": 3, "student": "small:convnet-w4", "labelled": 60, "batch_size": 10}
 
-    def spy(cfg, stage, data, train, teacher, weight):
-        net = original(cfg, stage, data, train, teacher, weight)
-        seen.append((stage.path, teacher, weight, net))
-        if teacher is not None:
-            assert not teacher.training
-            assert not any(p.requires_grad for p in teacher.parameters())
-        return net
 
-    monkeypatch.setattr(tg, "fit_net", spy)
-    cfg = dataclasses.replace(CFG, part="deep", generations=3, fit_steps=8, student="small:convnet-w4", labelled=60)
-    metrics = tg.main(cfg, run)
-    assert seen[0][1] is None
-    assert all(teacher is not None for _, teacher, _, _ in seen[1:])
-    assert len({id(net) for *_, net in seen}) == len(seen)
-    assert 0 <= metrics["label_weight"] <= 1
+def traced(run: Run, **changes):
+    return trace(tg, run, {**SMALL, **changes}, watch=["guided", "best_weight", "one_hot"])
+
+
+def test_generations_learn_from_the_frozen_one_before_on_labels_and_its_answers(run: Run) -> None:
+    seen = traced(run, rule="fixed", label_weight=0.3, validation=0.5)
+    stages = ["run/generation 1", "run/generation 2", "run/generation 3"]
+    assert list(dict.fromkeys(u.stage for u in seen.recorded)) == stages
+    assert [u.step for u in seen.updates(stage="generation 2")] == [0, 1, 2]
+    nets = [name for name in seen.nets if name.startswith("student")]
+    assert all(map(seen.moved, nets)), "every generation trains a network of its own"
+    assert not any(seen.moved(name) for name in seen.nets if name.startswith("frozen"))
+    for k, stage in enumerate(stages):
+        views = [call for call in seen.calls(nets[k], stage) if call.training]
+        for call, view in zip(seen.calls("guided", stage), views, strict=True):
+            logits, labels, answer, weight = call.args
+            assert weight == (0.3 if k else 1.0)
+            assert torch.equal(logits, view.result)
+            assert labels.sum(1).tolist() == [1.0] * 10
+            if not k:
+                assert answer is None
+                continue
+            asked = next(c for c in seen.calls(nets[k - 1], stage) if torch.equal(c.args[0], view.args[0]))
+            assert not asked.grad
+            assert not asked.training
+            assert torch.allclose(answer, asked.result.softmax(-1))
+    for update, call in zip(seen.recorded, seen.calls("guided"), strict=True):
+        assert all(torch.equal(update.parts[name], value) for name, value in call.result.items())
+        assert update.parts["norm"] > 0
+
+
+def test_the_best_weight_comes_from_a_fit_without_labels_and_the_first_one(run: Run) -> None:
+    seen = traced(run, rule="optimal")
+    weights = [call.args[3] for call in seen.calls("guided")]
+    asked = seen.calls("best_weight")
+    assert len(asked) == 2
+    truth, first, past = asked[0].args
+    assert torch.equal(asked[1].args[1], first), "g is the first fit, in every generation"
+    assert not torch.equal(asked[1].args[2], past)
+    assert truth.sum(1).tolist() == [1.0] * len(truth)
+    assert torch.allclose(first.sum(1), torch.ones(len(first), dtype=F64))
+    found = [call.result for call in asked]
+    wanted = [1.0] * 3 + [w for a in found for w in [0.0] * 3 + [a] * 3 * (a > 0.01)]
+    assert weights == wanted
+    assert seen.metrics["label_weight"] == found[-1]
+
+
+def test_the_norm_term_is_the_sum_of_the_tensors_norms_and_can_be_left_out(run: Run, tmp_path) -> None:
+    seen = traced(run, generations=1, fit_steps=1, norm_weight=0.5)
+    first = seen.first["student"]
+    parameters = first[: len(list(seen.nets["student"].parameters()))]
+    assert seen.losses("student", "norm") == [pytest.approx(0.5 * float(sum(p.norm() for p in parameters)), rel=1e-5)]
+    with Run(tmp_path / "other", 0, engine=run.engine, store=run.store, plots=False) as other:
+        assert "norm" not in traced(other, generations=1, fit_steps=1, norm_weight=0.0).recorded[0].parts
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gamma": 3.0}, "--gamma 3.0 has no effect in the deep part"),
+        ({"part": "kernel", "batch_size": 7}, "--batch-size 7 has no effect in the kernel part"),
+        ({"rule": "optimal", "label_weight": 0.5}, "--label-weight 0.5 has no effect with --rule optimal"),
+    ],
+)
+def test_flags_of_the_other_part_are_refused(run: Run, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tg.main(override(tg.Config(), {"part": "deep", **changes}), run)
+
+
+def test_killed_in_the_second_generation_it_ends_bitwise_alike(tmp_path) -> None:
+    assert_resumes("teacher-guidance", tmp_path, after=8, changes={**SMALL, "generations": 2, "fit_steps": 5})
 
 
 def test_the_held_out_images_are_balanced_whatever_the_order_and_none_is_trained_on() -> None:
