@@ -10,8 +10,8 @@ so that sampling asks the network once per step, by the prompt alone, without a 
 Exact: target, data, shared weights, LoRA (rank 4, down N(0, 1/rank^2), up zero, factor 1), no weighting, no noise-prediction term.
 Shrunk: a 2-D base network of 4 classes and width 96, 1,200 steps of 192, g = 4.
 Ours: learning rate 2e-3 with cosine (the script's 5e-4 in full()); LoRA on every linear layer of the small network's blocks; without
---images a pipeline's data are samples of the guided teacher. `held_bytes` counts weights and Adam's two moments, exactly; gradients, which are
-freed after a step, do not count.
+--images a pipeline's data are samples of the guided teacher. `held_bytes` counts weights and Adam's two moments, exactly; gradients,
+which are freed after a step, do not count.
 Left out: wall-clock and peak memory (they depend on the machine's load; evaluations and bytes stand for them), visual quality, g as an
 input (agd has it).
 """

@@ -10,15 +10,20 @@ from stillroom.adapt import quantizers
 from stillroom.catalogue import cards
 from stillroom.catalogue.execute import execute
 from stillroom.core import config as configs
+from stillroom.core.engine import make
+from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.core.store import Store
 from stillroom.data.embedded import digits
 from stillroom.data.load import load_images
+from stillroom.nets.packed import Coded
 from stillroom.recipes.compact import quantized_distillation as qd
+from stillroom.testing import trace
 from stillroom.vision.hub import load_classifier
+from tests.recipes.common import assert_resumes
 
-SMALL = {"teacher_steps": 20, "steps": 30, "point_steps": 10, "student": "small:convnet-w4", "teacher": "small:convnet-w4", "labelled": 300}
+SMALL = {"teacher_steps": 20, "steps": 30, "point_steps": 6, "student": "small:convnet-w4", "teacher": "small:convnet-w4", "labelled": 300}
 
 
 def test_the_loss_is_the_papers():
@@ -75,6 +80,94 @@ def test_learning_points_moves_no_weight_but_batch_norm_and_points(tmp_path):
         torch.testing.assert_close(net.get_parameter(name), quantizers.learned(scaled, levels.detach(), p))
 
 
+# -- the loops by trace ------------------------------------------------------------------------------------------------------------
+QUICK = {"teacher": "small:convnet-w4", "student": "small:convnet-w4", "labelled": 60, "batch_size": 20, "steps": 4}
+
+
+def traced(run: Run, **changes):
+    return trace(qd, run, {**QUICK, **changes}, watch=["losses", "functional_call"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"kd_weight": 0.0}, {"stochastic": True, "bits": 4}])
+def test_every_pass_uses_quantized_weights_and_the_teacher_answers_for_the_batch(run, changes):
+    seen = traced(run, **changes)
+    assert seen.steps("student") == [0, 1, 2, 3]
+    assert seen.moved("student")
+    levels = 2 ** changes.get("bits", 2)
+    for call, loss in zip(seen.calls("functional_call"), seen.calls("losses"), strict=True):
+        for weight in call.args[1].values():
+            assert all(len(bucket.unique()) <= levels for bucket in weight.flatten().split(256))
+        cfg, logits, answer, label = loss.args
+        assert torch.equal(logits, call.result)
+        assert label.shape == (20,)
+        if cfg.kd_weight:
+            assert torch.allclose(answer, seen.nets["frozen 0"](call.args[2][0]), atol=1e-4)
+        else:
+            assert answer is None
+            assert "frozen 0" not in seen.nets
+    for update, loss in zip(seen.updates("student"), seen.calls("losses"), strict=True):
+        assert update.parts.keys() == loss.result.keys()
+        assert all(torch.equal(update.parts[name], value) for name, value in loss.result.items())
+    assert len({len(p.unique()) for p in run.unwrap(seen.nets["student"]).parameters()}) >= 1
+
+
+def test_points_learn_after_the_student_and_stay_sorted(run):
+    seen = traced(run, quantize="points", point_steps=3)
+    assert [u.stage.rpartition("/")[2] for u in seen.updates("student")] == ["full precision"] * 4
+    assert seen.steps("points") == [0, 1, 2]
+    assert seen.moved("points")
+    assert all(torch.equal(p, p.sort().values) for p in seen.nets["points"])
+    own = [call for call in seen.calls("losses") if call.stage == "run"]
+    assert all(call.args[2] is not None for call in own), "the full-precision student is the points' teacher"
+    assert not any(seen.moved(name) for name in seen.nets if name.startswith("frozen"))
+
+
+def test_points_at_rest_adapt_batch_norm_alone(run):
+    seen = traced(run, quantize="points", point_learning=False, point_steps=3)
+    assert seen.steps("points") == []
+    assert not seen.moved("points")
+    ran = [call for call in seen.calls("functional_call") if call.stage == "run"]
+    assert len(ran) == 3
+    assert not any(call.grad for call in ran)
+    assert "gain" in seen.metrics
+
+
+def test_the_trained_student_as_it_is(run, tmp_path):
+    seen = traced(run, quantize="none")
+    assert seen.metrics["bits_per_weight"] == 32
+    assert seen.metrics["shadow_accuracy"] == pytest.approx(seen.metrics["accuracy"])
+    assert (run.folder / "student" / "model.safetensors").exists()
+    assert not any("Q" in str(call.args[1].keys()) for call in seen.calls("functional_call"))
+    assert all(call.args[1] == {} for call in seen.calls("functional_call")), "no weight is replaced"
+
+
+def test_training_in_half_precision_moves_the_student(tmp_path):
+    with Run(tmp_path / "bf16", 0, engine=make("local", "cpu", "bf16"), store=Store(tmp_path / "store"), plots=False) as run:
+        seen = traced(run)
+        assert seen.moved("student")
+        assert all(np.isfinite(value) for value in seen.metrics.values())
+
+
+def test_bits_are_those_of_codes_and_ranges():
+    codes = Coded(torch.tensor([0, 1, 1, 3] * 64), torch.linspace(0, 1, 4), torch.ones(1), torch.zeros(1), 256)
+    found = qd.sizes({"w": codes})
+    assert found["bits_per_weight"] == 2 + 64 / 256
+    assert found["entropy_coded_bits"] == pytest.approx(1.5, abs=0.01)  # half of them are 1, a quarter each 0 and 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"point_steps": 7}, "--point-steps 7 has no effect with --quantize during"),
+        ({"quantize": "none", "stochastic": True}, "--stochastic True has no effect with --quantize none"),
+        ({"quantize": "points", "point_learning": False, "auto_bits": True}, "--auto-bits True has no effect with --no-point-learning"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(run, changes, message):
+    with pytest.raises(UserError, match=message):
+        qd.main(configs.override(qd.Config(), changes), run)
+
+
 def test_which_parameters_are_quantized():
     net = load_classifier("small:convnet-w4", data=digits())
     names = [name for name, _ in net.named_parameters()]
@@ -121,24 +214,6 @@ def test_functional_call_updates_batch_norm_in_place():
     assert any(not torch.equal(b, before[name]) for name, b in net.named_buffers())
 
 
-@pytest.mark.parametrize("arm", ["quantized distillation, 2 bits", "points, 2 bits"])
-def test_a_stopped_run_ends_where_an_uninterrupted_one_ends(arm, tmp_path, monkeypatch):
-    config = configs.override(cards.config_of(qd, arm), SMALL | {"stochastic": True})
-
-    def outcome(folder: str) -> dict[str, float]:
-        with Run(tmp_path / folder, store=Store(tmp_path / f"cache-{folder}"), plots=False, save_seconds=0) as run:
-            return qd.main(config, run, data=digits(0, labelled=128, transfer=0))
-
-    expected, update, left = outcome("straight"), Run.update, [0]
-
-    def stopping(self, *args, **parts):
-        left[0] -= 1
-        if left[0] == 0:
-            raise InterruptedError
-        return update(self, *args, **parts)
-
-    monkeypatch.setattr(Run, "update", stopping)
-    for left[0] in (25, 15, 5):
-        with pytest.raises(InterruptedError):
-            outcome("stopped")
-    assert outcome("stopped") == expected
+@pytest.mark.parametrize(("changes", "after"), [({}, 6), ({"quantize": "points"}, 10)])
+def test_a_killed_run_ends_where_an_uninterrupted_one_ends(changes, after, tmp_path):
+    assert_resumes("quantized-distillation", tmp_path, after, {**QUICK, "teacher_steps": 4, "stochastic": not changes, **changes})

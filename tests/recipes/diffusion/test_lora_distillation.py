@@ -77,7 +77,7 @@ def test_times_are_whole_steps_of_a_discrete_process_or_the_way_of_another() -> 
     assert float(t.min()) < 0.01 < 0.99 < float(t.max())
 
 
-def test_bytes_are_counted_once_and_four_times_where_they_learn() -> None:
+def test_bytes_are_counted_once_and_thrice_where_they_learn() -> None:
     first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2).requires_grad_(False)
     assert held_bytes([first]) == 3 * 4 * 8
     assert held_bytes([first, second, second]) == 3 * 4 * 8 + 4 * 8
