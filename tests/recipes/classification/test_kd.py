@@ -96,6 +96,24 @@ def test_the_teacher_is_trained_first_and_measured(run: Run) -> None:
     check(kd.full())
 
 
+def test_as_many_images_keep_their_labels_as_were_asked_for(run: Run) -> None:
+    seen = trace(kd, run, {"labelled": 30, "pool": "labelled", "steps": 1, "batch_size": 30})
+    view = next(call.args[0] for call in seen.calls("student") if call.training)
+    wanted = kd.Config().load(run, labelled=30).train.images()
+    assert torch.equal(torch.cdist(view.flatten(1), wanted.flatten(1)).min(1).values, torch.zeros(30))
+
+
+def test_a_transformers_student_starts_from_fresh_weights(run: Run, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=10, **sizes)
+    model = transformers.ViTForImageClassification(config)
+    model.save_pretrained(tmp_path / "vit")
+    seen = trace(kd, run, {"kd_weight": 0.0, "ce_weight": 1.0, "steps": 1, "student": f"hf:{tmp_path / 'vit'}"})
+    trained = model.classifier.weight
+    assert not any(first.shape == trained.shape and torch.equal(first, trained) for first in seen.first["student"])
+
+
 def test_killed_and_started_again(tmp_path) -> None:
     assert_resumes("kd", tmp_path, after=9)  # in the student's loop
 
