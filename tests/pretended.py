@@ -339,11 +339,11 @@ def measured(folder: Path, precision: Any, name: str) -> dict[str, Any]:
                     results.append(execute(name, override(recipe.Config(), recipe.TINY), run)["metrics"])
                 (folder / name / "result.json").unlink()
         except Exception as error:
-            places = [f for f in traceback.extract_tb(error.__traceback__) if PACKAGE in f.filename]
-            lines = [f"{f.filename[len(PACKAGE) + 1 :]}:{f.lineno}" for f in places]
-                f"{f.filename[len(PACKAGE) + 1 :]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__) if PACKAGE in f.filename
-            ]
-            return {"failed": f"{type(error).__name__}: {error}", "lines": lines[::-1]}
+            own = [f for f in traceback.extract_tb(error.__traceback__) if PACKAGE in f.filename]
+            return {
+                "failed": f"{type(error).__name__}: {error}",
+                "lines": [f"{f.filename[len(PACKAGE) + 1 :]}:{f.lineno}" for f in own[::-1]],
+            }
         still = [role for role, net in held.items() if all(torch.equal(a, b.inner) for a, b in zip(first[role], parameters(net)))]
         kernels = Counter[str]()
         for (loop, *_), n in seen.kernels.items():
