@@ -304,6 +304,7 @@ def pretend() -> Iterator[Seen]:
             (torch, "Generator", Generator),
             (torch, "load", _placed),
             (torch, "inference_mode", lambda mode=True: torch.no_grad()),  # such tensors know no versions, which wrappers need
+            (torch.accelerator, "synchronize", lambda device=None: None),
             (Run, "steps", _counted),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -340,10 +341,8 @@ def measured(folder: Path, precision: Any, name: str) -> dict[str, Any]:
                 (folder / name / "result.json").unlink()
         except Exception as error:
             own = [f for f in traceback.extract_tb(error.__traceback__) if PACKAGE in f.filename]
-            return {
-                "failed": f"{type(error).__name__}: {error}",
-                "lines": [f"{f.filename[len(PACKAGE) + 1 :]}:{f.lineno}" for f in own[::-1]],
-            }
+            lines = [f"{f.filename[len(PACKAGE) + 1 :]}:{f.lineno}" for f in own[::-1]]
+            return {"failed": f"{type(error).__name__}: {error}", "lines": lines}
         still = [role for role, net in held.items() if all(torch.equal(a, b.inner) for a, b in zip(first[role], parameters(net)))]
         kernels = Counter[str]()
         for (loop, *_), n in seen.kernels.items():

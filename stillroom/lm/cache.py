@@ -108,7 +108,7 @@ class TeacherCache:
     def _head(self, device: torch.device | str) -> OutputLayer:
         """The teacher's output layer, kept where it was asked for."""
         if device not in self._heads:
-            kept = load_file(self.folder / "head.safetensors", device=str(device))
+            kept = {name: value.to(device) for name, value in load_file(self.folder / "head.safetensors").items()}
             bias = kept["bias"].float() if "bias" in kept else None
             self._heads[device] = OutputLayer(kept["weight"].float(), bias, **self.meta["head"])
         return self._heads[device]
