@@ -151,7 +151,7 @@ def _arm_seed(name: str, arm: str, config: Any, seed: int, folder: Path, cache: 
     if parent not in (None, os.getpid()):
         _end_with(parent)
     torch.set_num_threads(1)
-    with Run(folder, seed, store=Store(cache), plots=False) as run:
+    with configs.some_flags_idle(), Run(folder, seed, store=Store(cache), plots=False) as run:
         return execute(name, config, run, arm=arm)
 
 

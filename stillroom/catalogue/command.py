@@ -12,7 +12,7 @@ import tyro
 
 from stillroom.catalogue import cards
 from stillroom.catalogue.execute import execute, read_config
-from stillroom.core.config import Count, NonNegative, Seed, check, flatten, override
+from stillroom.core.config import Count, NonNegative, Seed, check, flatten, override, some_flags_idle
 from stillroom.core.errors import UserError
 
 
@@ -118,7 +118,7 @@ def execute_run(name: str, recipe: Any, options: RunOptions, config: Any) -> Non
         with Run(folder, options.seed, **settings) as run:
             execute(name, cards.config_of(recipe, method, config), run, arm=method)
             if options.baseline and isinstance(versus, str) and versus != method:
-                with Run(folder / "baseline", options.seed, **settings) as other:
+                with some_flags_idle(), Run(folder / "baseline", options.seed, **settings) as other:
                     execute(name, cards.config_of(recipe, versus, config), other, arm=versus)
             if not run.rank:
                 page = report.write(folder)

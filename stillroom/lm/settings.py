@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stillroom.core.config import Count, Natural
+from stillroom.core.config import READ_ALL, Count, Natural
 from stillroom.core.errors import UserError, needs
 from stillroom.data.sequences import BackCopy, Rows
 from stillroom.lm.text import read_rows
@@ -88,6 +88,6 @@ def _text(path: str) -> str:
 
 def refuse_idle(config: Any, idle: Mapping[str, str]) -> None:
     """UserError for the first of these fields that is not at its default; `idle` gives the reason why it would do nothing."""
-    for field in dataclasses.fields(config):
+    for field in dataclasses.fields(config) if READ_ALL.get() else ():
         if field.name in idle and getattr(config, field.name) != field.default:
             raise UserError(f"--{field.name.replace('_', '-')} does nothing here: {idle[field.name]}.", code=2)

@@ -312,3 +312,12 @@ def test_counts_that_cannot_fit_are_said_and_leave_nothing(words: list[str], par
     assert part in message
     assert "Traceback" not in message
     assert files(work) == []
+
+
+def test_a_flag_that_the_baseline_does_not_read_is_let_through_there_and_refused_alone(work: Path, capsys) -> None:
+    words = ["run", "sla", "--tiny", "--quiet", "--student", "small:convnet-w4"]
+    assert main([*words, "--temperature", "3", "--arm", "sla+sd", "--out", "a"]) == 0
+    assert "--temperature 3" not in capsys.readouterr().err
+    assert main(["run", "jei-dnn", "--tiny", "--quiet", "--teacher", "small:residual-mlp-w8-d3", "--phase", "3", "--out", "b"]) == 0
+    assert (work / "b" / "baseline" / "result.json").exists()
+    assert "--phase" in refused(capsys, "run", "jei-dnn", "--tiny", "--quiet", "--arm", "p_max", "--phase", "3", "--out", "c")

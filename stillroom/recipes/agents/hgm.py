@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from stillroom.catalogue.claims import Claim
-from stillroom.core.config import Count, Natural, Positive
+from stillroom.core.config import READ_ALL, Count, Natural, Positive
 from stillroom.core.errors import UserError
 from stillroom.core.run import Run
 from stillroom.data.plurals import plurals
@@ -127,6 +127,8 @@ def main(cfg: Config, run: Run, *, sandbox: Sandbox | None = None) -> dict[str, 
 
 def refuse_idle(cfg: Config) -> None:
     """UserError for a flag that would change nothing."""
+    if not READ_ALL.get():
+        return
     usual = Config()
     for name in ("widening", "initial", "cooldown"):
         if cfg.policy not in ("hgm", "own-score") and getattr(cfg, name) != getattr(usual, name):
