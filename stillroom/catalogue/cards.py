@@ -97,7 +97,7 @@ def config_of(recipe: Any, arm: str | None = None, base: Any = None) -> Any:
 
 def refuse_idle(config: Any, presets: Iterable[Any], why: str, *names: str) -> None:
     """UserError for the first of `names` (fields, or groups of them) that holds a value which no preset gives it: it was asked for, and
-    would be ignored, for the reason `why`. None where flags serve several arms (`config.some_flags_idle`)."""
+    would be ignored, for the reason `why`. None where flags serve several arms (`execute.some_flags_idle`)."""
     if not configs.READ_ALL.get():
         return
     usual = [configs.flatten(preset) for preset in presets]

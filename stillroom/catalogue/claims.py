@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from stillroom.catalogue import cards
 from stillroom.catalogue.closure import code_of
-from stillroom.catalogue.execute import execute
+from stillroom.catalogue.execute import execute, some_flags_idle
 from stillroom.core import config as configs
 from stillroom.core.errors import UserError, needs
 
@@ -151,7 +151,7 @@ def _arm_seed(name: str, arm: str, config: Any, seed: int, folder: Path, cache: 
     if parent not in (None, os.getpid()):
         _end_with(parent)
     torch.set_num_threads(1)
-    with configs.some_flags_idle(), Run(folder, seed, store=Store(cache), plots=False) as run:
+    with some_flags_idle(), Run(folder, seed, store=Store(cache), plots=False) as run:
         return execute(name, config, run, arm=arm)
 
 

@@ -6,7 +6,6 @@ the same declaration.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -86,13 +85,3 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 READ_ALL = contextvars.ContextVar("READ_ALL", default=True)
 """Whether a flag that a config's mode ignores is refused. Not where one set of flags serves several arms, as in a baseline."""
-
-
-@contextlib.contextmanager
-def some_flags_idle() -> Iterator[None]:
-    """While the block runs, flags that are ignored are let through."""
-    before = READ_ALL.set(False)
-    try:
-        yield
-    finally:
-        READ_ALL.reset(before)

@@ -41,7 +41,6 @@ B = TypeVar("B")
 N = TypeVar("N")
 # Odd numbers that set the seeds of steps, chunks and ranks apart (no hash: after 2 ms of work its code has left the processor's cache).
 _STEP, _CHUNK, _RANK, _COMMON = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5
-_POSITIVE = (1 << 63) - 1
 
 
 class Run:
@@ -327,8 +326,8 @@ class Run:
         return int.from_bytes(hashlib.blake2b(repr((self.seed, self._stream, place)).encode(), digest_size=8).digest(), "little")
 
     def _seed(self, number: int, place: int = 0) -> None:
-        self.common.manual_seed((number ^ _COMMON) & _POSITIVE)
-        number = number + place & _POSITIVE
+        self.common.manual_seed((number ^ _COMMON) & torch.iinfo(torch.int64).max)
+        number = number + place & torch.iinfo(torch.int64).max
         torch.default_generator.manual_seed(number)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(number)

@@ -127,10 +127,8 @@ def main(cfg: Config, run: Run, *, sandbox: Sandbox | None = None) -> dict[str, 
 
 def refuse_idle(cfg: Config) -> None:
     """UserError for a flag that would change nothing."""
-    if not READ_ALL.get():
-        return
     usual = Config()
-    for name in ("widening", "initial", "cooldown"):
+    for name in ("widening", "initial", "cooldown") if READ_ALL.get() else ():
         if cfg.policy not in ("hgm", "own-score") and getattr(cfg, name) != getattr(usual, name):
             raise UserError(
                 f"--{name} {getattr(cfg, name)} changes nothing under --policy {cfg.policy}: it is for hgm and own-score.", code=2
