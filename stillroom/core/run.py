@@ -326,8 +326,8 @@ class Run:
         return int.from_bytes(hashlib.blake2b(repr((self.seed, self._stream, place)).encode(), digest_size=8).digest(), "little")
 
     def _seed(self, number: int, place: int = 0) -> None:
-        self.common.manual_seed((number ^ _COMMON) & torch.iinfo(torch.int64).max)
-        number = number + place & torch.iinfo(torch.int64).max
+        self.common.manual_seed((number ^ _COMMON) & 0x7FFFFFFFFFFFFFFF)
+        number = number + place & 0x7FFFFFFFFFFFFFFF
         torch.default_generator.manual_seed(number)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(number)
