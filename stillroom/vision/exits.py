@@ -22,8 +22,6 @@ from stillroom.vision import present
 def table(run: Run, exits: Exits, split: Split) -> Table:
     """The split's table, computed once and kept in the store."""
     tensors = run.cached("exit-features", features_of, exits.net, tuple(exits.paths), split)
-    # Copies: what was read from a file may lie at an address at which a product of matrices rounds otherwise than when it was fresh.
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return Table([tensors[str(exit)] for exit in range(len(exits.paths))], tensors["final"], split.labels)
 
 
