@@ -9,7 +9,6 @@ import difflib
 import functools
 import importlib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -93,14 +92,3 @@ def config_of(recipe: Any, arm: str | None = None, base: Any = None) -> Any:
     if arm not in recipe.ARMS:
         raise UserError(f"there is no arm {arm!r}; this recipe has {', '.join(recipe.ARMS)}.", code=2)
     return configs.override(base, recipe.ARMS[arm])
-
-
-def refuse_idle(config: Any, presets: Iterable[Any], why: str, *names: str) -> None:
-    """UserError for the first of `names` (fields, or groups of them) that holds a value which no preset gives it: it was asked for, and
-    would be ignored, for the reason `why`. None where flags serve several arms (`execute.some_flags_idle`)."""
-    if not configs.READ_ALL.get():
-        return
-    usual = [configs.flatten(preset) for preset in presets]
-    for key, value in configs.flatten(config).items():
-        if any(key == name or key.startswith(f"{name}.") for name in names) and all(value != preset[key] for preset in usual):
-            raise UserError(f"--{key.replace('_', '-')} {value} has no effect {why}: leave it out.", code=2)

@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from stillroom.catalogue import cards
 from stillroom.catalogue.closure import code_of
-from stillroom.catalogue.execute import execute, some_flags_idle
+from stillroom.catalogue.execute import execute
+from stillroom.catalogue.idle import some_flags_idle
 from stillroom.core import config as configs
 from stillroom.core.errors import UserError, needs
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from stillroom.catalogue import cards
-from stillroom.catalogue.execute import execute, read_config, some_flags_idle
+from stillroom.catalogue.execute import execute, read_config
+from stillroom.catalogue.idle import some_flags_idle
 from stillroom.core.config import Count, NonNegative, Seed, check, flatten, override
 from stillroom.core.errors import UserError
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +104,3 @@ def _refuse_other(before: dict[str, Any], now: dict[str, Any], folder: Path) -> 
     raise UserError(
         f"{folder} holds a run with another config ({'; '.join(changed)}). Choose another --out, or --overwrite it.", code=2
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def some_flags_idle() -> Iterator[None]:
-    """While the block runs, flags that a recipe's mode ignores are let through: one set of flags serves several arms."""
-    before = configs.READ_ALL.set(False)
-    try:
-        yield
-    finally:
-        configs.READ_ALL.reset(before)

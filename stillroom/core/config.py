@@ -6,7 +6,6 @@ the same declaration.
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -81,7 +80,3 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, field.name)
         flat |= flatten(value, f"{prefix}{field.name}.") if dataclasses.is_dataclass(value) else {prefix + field.name: value}
     return flat
-
-
-READ_ALL = contextvars.ContextVar("READ_ALL", default=True)
-"""Whether a flag that a config's mode ignores is refused. Not where one set of flags serves several arms, as in a baseline."""

@@ -1,16 +1,15 @@
-"""What language recipes read: a text as a group of flags that their Configs inherit, and the refusal of flags that would do nothing."""
+"""What language recipes read: a text as a group of flags that their Configs inherit."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stillroom.core.config import READ_ALL, Count, Natural
+from stillroom.core.config import Count, Natural
 from stillroom.core.errors import UserError, needs
 from stillroom.data.sequences import BackCopy, Rows
 from stillroom.lm.text import read_rows
@@ -84,10 +83,3 @@ def _text(path: str) -> str:
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such file; give back-copy or a text file.")
     return Path(path).read_text(encoding="utf-8")
-
-
-def refuse_idle(config: Any, idle: Mapping[str, str]) -> None:
-    """UserError for the first of these fields that is not at its default; `idle` gives the reason why it would do nothing."""
-    for field in dataclasses.fields(config) if READ_ALL.get() else ():
-        if field.name in idle and getattr(config, field.name) != field.default:
-            raise UserError(f"--{field.name.replace('_', '-')} does nothing here: {idle[field.name]}.", code=2)

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from stillroom.catalogue.idle import refuse_unread
 from stillroom.core.config import override
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.data.sequences import Rows, shuffled
 from stillroom.lm.output import head
-from stillroom.lm.settings import Corpus, refuse_idle
+from stillroom.lm.settings import Corpus
 from stillroom.lm.teachers import fewer_layers, load_causal, save_causal
 from stillroom.lm.text import continued, states
 from stillroom.lm.train import predicting, sft
@@ -146,7 +147,7 @@ def test_a_named_tokenizer_reads_the_text_and_comes_back_with_a_small_student(tm
 
 
 def test_a_flag_without_effect_is_refused_unless_it_says_nothing():
-    refuse_idle(Corpus(), {"test_limit": "why not"})
-    refuse_idle(Corpus(test_limit=3), {"limit": "why not"})
+    refuse_unread(Corpus(), {"test_limit": "why not"})
+    refuse_unread(Corpus(test_limit=3), {"limit": "why not"})
     with pytest.raises(UserError, match="--test-limit does nothing here: why not"):
-        refuse_idle(Corpus(test_limit=3), {"test_limit": "why not"})
+        refuse_unread(Corpus(test_limit=3), {"test_limit": "why not"})

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from torch import nn
 
 from stillroom.catalogue.claims import Claim
+from stillroom.catalogue.idle import refuse_unread
 from stillroom.core.config import Count, Natural, Positive, Share
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
@@ -36,7 +37,6 @@ from stillroom.lm.agent import STOPS, Chat, Episode, Policy, Workbench, read_pub
 from stillroom.lm.collect import ask, collect, collect_thoughts, greedy, kept, served, thoughts
 from stillroom.lm.generate import generate, reply
 from stillroom.lm.sandbox import Limits, Sandbox
-from stillroom.lm.settings import refuse_idle
 from stillroom.lm.teachers import load_causal, save_causal
 from stillroom.lm.tokenizer import Characters
 from stillroom.lm.traces import Trace, render, tokenize
@@ -190,7 +190,7 @@ def check_flags(cfg: Config) -> None:
             raise UserError("The scripted teacher has no chain of thought of its own to begin with: give --teacher learned.")
         if cfg.teacher != "learned":
             idle |= dict.fromkeys(("teacher_thoughts", "teacher_acts", "teacher_width", "teacher_steps"), "the teacher is not learned")
-    refuse_idle(cfg, idle)
+    refuse_unread(cfg, idle)
 
 
 # -- the world ---------------------------------------------------------------------------------------------------------------------

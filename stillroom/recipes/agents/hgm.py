@@ -36,8 +36,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from stillroom.catalogue import idle
 from stillroom.catalogue.claims import Claim
-from stillroom.core.config import READ_ALL, Count, Natural, Positive
+from stillroom.core.config import Count, Natural, Positive
 from stillroom.core.errors import UserError
 from stillroom.core.run import Run
 from stillroom.data.plurals import plurals
@@ -128,11 +129,9 @@ def main(cfg: Config, run: Run, *, sandbox: Sandbox | None = None) -> dict[str, 
 def refuse_idle(cfg: Config) -> None:
     """UserError for a flag that would change nothing."""
     usual = Config()
-    for name in ("widening", "initial", "cooldown") if READ_ALL.get() else ():
+    for name in ("widening", "initial", "cooldown"):
         if cfg.policy not in ("hgm", "own-score") and getattr(cfg, name) != getattr(usual, name):
-            raise UserError(
-                f"--{name} {getattr(cfg, name)} changes nothing under --policy {cfg.policy}: it is for hgm and own-score.", code=2
-            )
+            idle.refuse(f"--{name} {getattr(cfg, name)} changes nothing under --policy {cfg.policy}: it is for hgm and own-score.")
     if cfg.problem == "program" and cfg.tasks >= len(plurals()):
         raise UserError(f"--tasks {cfg.tasks} leaves no noun unseen: --problem program has {len(plurals())}, so give fewer.", code=2)
 

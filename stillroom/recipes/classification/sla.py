@@ -23,8 +23,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from stillroom.catalogue import idle
 from stillroom.catalogue.claims import Claim
-from stillroom.core.config import READ_ALL, Count, Natural, NonNegative, Positive
+from stillroom.core.config import Count, Natural, NonNegative, Positive
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
@@ -177,9 +178,9 @@ def refuse_ignored(cfg: Config) -> None:
     """UserError for a flag that another mode than plain would ignore."""
     distils = ("temperature", "kd_weight", "ce_weight")
     ignored = {"da": (*distils, "sum_views"), "mt": (*distils, "sum_views"), "sla": distils}.get(cfg.mode, ())
-    for name in ignored if READ_ALL.get() else ():
+    for name in ignored:
         if getattr(cfg, name) != getattr(Config(), name):
-            raise UserError(f"--{name.replace('_', '-')} changes nothing in --mode {cfg.mode}: leave it out.", code=2)
+            idle.refuse(f"--{name.replace('_', '-')} changes nothing in --mode {cfg.mode}: leave it out.")
 
 
 def transforms(name: Transform, channels: int) -> tuple[Callable[[Tensor], Tensor], int]:

@@ -25,8 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.catalogue.cards import refuse_idle
 from stillroom.catalogue.claims import Claim
+from stillroom.catalogue.idle import refuse_idle
 from stillroom.core.config import Count, Natural
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from stillroom.catalogue.cards import refuse_idle
 from stillroom.catalogue.claims import Claim
+from stillroom.catalogue.idle import refuse_idle
 from stillroom.core.config import Count, Natural, NonNegative, Positive, Share
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run

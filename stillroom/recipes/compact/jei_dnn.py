@@ -49,8 +49,8 @@ from stillroom.adapt.early_exit import (
     exits_taken,
 )  # fmt: skip
 from stillroom.adapt.exits import Exits, Table, find_exits
-from stillroom.catalogue.cards import refuse_idle
 from stillroom.catalogue.claims import Claim
+from stillroom.catalogue.idle import refuse_idle
 from stillroom.core.config import Count, Share
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer

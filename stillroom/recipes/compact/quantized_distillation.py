@@ -30,8 +30,8 @@ from torch.func import functional_call
 
 from stillroom.adapt import quantizers
 from stillroom.adapt.quantizers import Backward
-from stillroom.catalogue.cards import refuse_idle
 from stillroom.catalogue.claims import Claim
+from stillroom.catalogue.idle import refuse_idle
 from stillroom.core.config import Count, Natural, Positive, Share, override
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run

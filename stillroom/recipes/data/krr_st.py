@@ -34,8 +34,8 @@ from torch.nn import functional as F
 
 from stillroom.adapt.pool import Pool
 from stillroom.adapt.ridge import ridge_head
-from stillroom.catalogue.cards import refuse_idle
 from stillroom.catalogue.claims import Claim
+from stillroom.catalogue.idle import refuse_idle
 from stillroom.core.config import Count, Natural, NonNegative, Positive, override
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer

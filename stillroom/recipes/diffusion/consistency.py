@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stillroom.catalogue import idle
 from stillroom.catalogue.claims import Claim
 from stillroom.core.config import Count, Natural, Share
 from stillroom.core.errors import UserError
@@ -141,8 +142,8 @@ def check(cfg: Config, setting: Setting, prediction: str) -> None:
     if prediction == "x0":
         raise UserError(f"consistency needs a network that is the identity at the data end; that of {setting.name} predicts x0 itself.")
     if cfg.source == "data" and cfg.solver != "ddim":
-        raise UserError(f"--solver {cfg.solver} is a step of the teacher, and --source data takes none.", code=2)
+        idle.refuse(f"--solver {cfg.solver} is a step of the teacher, and --source data takes none.")
     if cfg.source == "data" and cfg.guidance != 1 and setting.real:
-        raise UserError(f"--guidance {cfg.guidance:g} is the teacher's, and --source data does not ask it.", code=2)
+        idle.refuse(f"--guidance {cfg.guidance:g} is the teacher's, and --source data does not ask it.")
     if setting.real and cfg.bank != Config.bank:
-        raise UserError(f"--bank {cfg.bank} stands for data, and {setting.name} brings its own.", code=2)
+        idle.refuse(f"--bank {cfg.bank} stands for data, and {setting.name} brings its own.")

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from stillroom.catalogue.cards import refuse_idle
 from stillroom.catalogue.claims import Claim
+from stillroom.catalogue.idle import refuse_idle
 from stillroom.core.config import Count, NonNegative, Share
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stillroom.catalogue import idle
 from stillroom.catalogue.claims import Claim
 from stillroom.core.config import Count, Natural, Positive, Share
 from stillroom.core.errors import UserError
@@ -253,9 +254,9 @@ def check(cfg: Config) -> None:
     if cfg.phases > cfg.steps:
         raise UserError(f"--phases {cfg.phases} needs at least as many --steps, not {cfg.steps}.", code=2)
     if cfg.phases == 1 and cfg.interval == "disjoint":
-        raise UserError("--interval disjoint needs an earlier phase to be disjoint from: give more --phases.", code=2)
+        idle.refuse("--interval disjoint needs an earlier phase to be disjoint from: give more --phases.")
     if cfg.phases == 1 and cfg.fake_target == "naive" and not cfg.toy_steps:
-        raise UserError("--fake-target naive is the unbiased one at the data end, where a single phase lies: give more --phases.", code=2)
+        idle.refuse("--fake-target naive is the unbiased one at the data end, where a single phase lies: give more --phases.")
 
 
 # -- the paper's 1-D example -------------------------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stillroom.catalogue import idle
 from stillroom.catalogue.claims import Claim
 from stillroom.core.config import Count, Share
-from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.diffusion.denoiser import Denoiser, Prediction, PredictionType, take
@@ -279,7 +279,7 @@ def many_steps(flow: nn.Module, z: Tensor, cond: Any, steps: int = 20) -> tuple[
 def main(cfg: Config, run: Run, *, setting: Setting | None = None) -> dict[str, float]:
     """setting: your own teacher in place of `cfg.teacher`. UserError for annealing flags that would do nothing."""
     if cfg.reflow.annealing == "none" and cfg.reflow.anneal_share != Reflow.anneal_share:
-        raise UserError("--reflow.anneal-share needs a schedule: --reflow.annealing none has none.", code=2)
+        idle.refuse("--reflow.anneal-share needs a schedule: --reflow.annealing none has none.")
     setting = setting or cfg.setting()
     teacher = run.frozen(setting.guided(cfg.guidance))
     times = setting.process.grid(cfg.pair_steps)

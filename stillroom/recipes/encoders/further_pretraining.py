@@ -30,8 +30,8 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from stillroom.adapt.masked import TextClassifier, patchify
-from stillroom.catalogue.cards import refuse_idle
 from stillroom.catalogue.claims import Claim
+from stillroom.catalogue.idle import refuse_idle
 from stillroom.core.config import Count, Natural, NonNegative, Share, override
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer

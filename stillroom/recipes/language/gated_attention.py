@@ -31,12 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.catalogue.claims import Claim
+from stillroom.catalogue.idle import refuse_unread
 from stillroom.core.config import Count, Natural, Positive
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.data.sequences import BackCopy, Rows
 from stillroom.lm.diagnostics import attention_maps, first_token_share, gate_scores, massive_activation, spikes
-from stillroom.lm.settings import Corpus, refuse_idle
+from stillroom.lm.settings import Corpus
 from stillroom.lm.teachers import save_causal
 from stillroom.lm.train import taken
 from stillroom.losses.divergences import cross_entropy
@@ -171,7 +172,7 @@ def check_flags(cfg: Config) -> None:
         idle |= dict.fromkeys(("sink_optimizer", "sink_gate_rate"), "--sink-steps is 0")
     if cfg.gate == "projected":
         idle |= {"shared": "a gate after the output projection knows no heads"}
-    refuse_idle(cfg, idle)
+    refuse_unread(cfg, idle)
 
 
 def options(cfg: Config) -> GateOptions | None:

@@ -30,6 +30,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from stillroom.catalogue.claims import Claim
+from stillroom.catalogue.idle import refuse_unread
 from stillroom.core.config import Count, Natural, NonNegative, Positive, Share
 from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
@@ -40,7 +41,7 @@ from stillroom.lm.chunked import Chunked, chunked_loss
 from stillroom.lm.crosstok import Paired, group_divergence, group_loss, require_same
 from stillroom.lm.measure import measure
 from stillroom.lm.output import OutputLayer, head, require_head
-from stillroom.lm.settings import Corpus, refuse_idle
+from stillroom.lm.settings import Corpus
 from stillroom.lm.signals import Head, Signal, TopK
 from stillroom.lm.teachers import fewer_layers, load_causal, save_causal
 from stillroom.lm.text import continued, read_texts, states
@@ -239,7 +240,7 @@ def check_flags(cfg: Config) -> None:
         idle |= dict.fromkeys(("teacher_width", "teacher_layers", "teacher_optimizer", "tokenizer"), f"{cfg.teacher} is taken as it is")
     if cfg.student.partition(":")[0] not in ("small", "pairs"):
         idle |= dict.fromkeys(("student_width", "student_layers"), f"{cfg.student} has its own size")
-    refuse_idle(cfg, idle)
+    refuse_unread(cfg, idle)
 
 
 # -- text --------------------------------------------------------------------------------------------------------------------------
