@@ -117,6 +117,27 @@ def allocate(counts: Sequence[int], sizes: Sequence[int], norms: Sequence[float]
     return dealt
 
 
+def allocate_bits(bits: int, sizes: Sequence[int], norms: Sequence[float], most: int = 8) -> list[int]:
+    """Whole bits of a code per tensor by the size of its gradient, in no more room than `bits` for each takes. A tensor of n weights costs
+    n bits per bit of its code, and its 2^bits points 32 bits each. All start at one bit; the next one goes to
+    the tensor whose norm 2^-bits is largest for what the bit costs there, among those that fit, up to `most`."""
+    dealt = [1] * len(sizes)
+    room = sum(point_bits(bits, n) - point_bits(1, n) for n in sizes)
+    while True:
+        prices = [point_bits(b + 1, n) - point_bits(b, n) for b, n in zip(dealt, sizes, strict=True)]
+        fit = [i for i, price in enumerate(prices) if price <= room and dealt[i] < most and norms[i]]
+        if not fit:
+            return dealt
+        best = max(fit, key=lambda i: norms[i] * 0.5 ** dealt[i] / prices[i])
+        dealt[best] += 1
+        room -= prices[best]
+
+
+def point_bits(bits: int, size: int) -> int:
+    """What the codes of `size` weights and their 2^bits float32 points take, in bits."""
+    return size * bits + 32 * 2**bits
+
+
 def entropy_coded_bits(histogram: Sequence[int]) -> float:
     """Mean length in bits of a Huffman code for symbols of these counts; 0 for a single one."""
     heap = [count for count in histogram if count]

@@ -125,6 +125,25 @@ def test_dealing_points_keeps_their_total():
     assert q.allocate([4, 4], [10, 20], [0.0, 0.0]) == [4, 4]
 
 
+def test_dealing_bits_takes_no_more_room_and_serves_the_steepest_first():
+    def room(dealt: list[int], sizes: list[int]) -> int:
+        return sum(size * bits + 32 * 2**bits for bits, size in zip(dealt, sizes, strict=True))
+
+    sizes, norms = [1000, 4000, 10, 300], [0.7, 0.2, 0.1, 0.4]
+    for bits in (1, 2, 4, 6):
+        dealt = q.allocate_bits(bits, sizes, norms)
+        assert room(dealt, sizes) <= room([bits] * 4, sizes)
+        assert all(1 <= b <= 8 for b in dealt)
+    assert q.allocate_bits(2, [100, 100], [1.0, 1.0]) == [2, 2]
+    # Beyond one bit each there is room for 2 (1000 + 64) bits: the second bit of one leaves 1064, where its third costs 1000 + 128.
+    assert q.allocate_bits(2, [1000, 1000], [1.0, 8.0]) == [2, 2]
+    assert q.allocate_bits(3, [1000, 1000], [1.0, 64.0]) == [1, 4]
+    assert q.allocate_bits(2, [100, 100], [0.0, 1.0], most=2) == [1, 2]
+    # A bit is worth norm 2^-bits for its price, so half as much at each step and at each doubling of the tensor.
+    assert q.allocate_bits(4, [10**6, 10**6], [1.0, 2.9]) == [4, 4]
+    assert q.allocate_bits(4, [10**6, 2 * 10**6], [4.0, 1.0]) == [5, 3]
+
+
 def huffman_tree(counts: list[int]) -> float:
     """Mean code length from explicit codes."""
     heap = [(count, i, {i: 0}) for i, count in enumerate(counts) if count]

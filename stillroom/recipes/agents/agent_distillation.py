@@ -6,15 +6,15 @@ against the same questions as chains of thought, with and without the facts in t
 first-thought prefix (the teacher's agent reply is opened with the first thought of its chain of thought) and self-consistent actions
 (at test time, of N sampled actions that run, one from the largest group with equal observations).
 
-The laptop's world: entities with a number each, questions like `lumi taken from kefo`, a tool look(name), Python in the sandbox. Tests
-ask about entities of the training questions (accuracy), about others (unseen), and about others with larger numbers (ood). Teachers:
-a script, or a language model that was trained on many chains of thought and few trajectories, so that it reasons better than it acts: what
-the first-thought prefix is for. The chains of thought that the agent is held against have three times its steps, and eight votes, so that
-they are learned. With `--questions` and a real teacher and student the same program collects, filters, trains (LoRA) and tests.
+The laptop's world: entities with a number each, questions like `lumi taken from kefo`, a tool look(name), Python in the sandbox. Tests ask
+about entities of the training questions (accuracy), others (unseen), and others with larger numbers (ood). Teachers: a script, or a
+language model trained on many chains of thought and few trajectories: it reasons better than it acts, which the prefix is for. The chains
+of thought that the agent is held against have three times its steps, and eight votes, so that they are learned. `--questions` with a real
+teacher and student: the same program collects, filters, trains (LoRA) and tests.
 
-Exact: formats, masks, filter, prefix, selection, stop strings. Shrunk: models and world.
-Ours: the world; candidates agree on their final answers too, and each is tried on a copy of the state; facts are judged by their words,
-where the paper asks a language model. Left out: retrieval on real questions (an index of tens of gigabytes), and with it chains with facts.
+Exact: formats, masks, filter, prefix, selection, stop strings. Shrunk: models and world. Ours: the world; candidates agree on their final
+answers too, and each is tried on a copy of the state; facts are judged by their words, where the paper asks a language model. Left out:
+retrieval on real questions (an index of tens of gigabytes), and with it chains with facts.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from stillroom.lm.traces import Trace, render, tokenize
 from stillroom.lm.train import sft
 from stillroom.lm.verify import answers, gsm8k, marked
 from stillroom.losses.tokens import IGNORE
+from stillroom.metrics.cost import parameters
 from stillroom.nets.decoder import Decoder
 
 
@@ -212,7 +213,7 @@ def laptop(cfg: Config, run: Run) -> dict[str, float]:
         if cfg.student_learns == "agent":
             metrics |= conduct(episodes)
             metrics["invented"] = invented(tokenizer, net, tests["accuracy"])
-    run.row("student", **metrics, parameters=sum(p.numel() for p in net.parameters()))
+    run.row("student", **metrics, parameters=parameters(net))
     if episodes:
         run.figure("how episodes end", lambda axes: draw_ends(axes, episodes, cfg.max_steps))
     run.save_student(net, lambda whole, folder: save_causal(whole, tokenizer, folder))

@@ -44,6 +44,7 @@ from stillroom.diffusion.objectives import squared
 from stillroom.diffusion.sampling import sample
 from stillroom.diffusion.setting import Setting
 from stillroom.diffusion.teachers import TeacherConfig
+from stillroom.metrics.cost import parameters
 from stillroom.metrics.generation import energy_distance, gap_closed
 
 
@@ -271,7 +272,7 @@ def judge(
         "gap_closed": gap_closed(student, without, goal),
         "mean_gap_closed": 1 - errors["student"] / errors["without"],
         "energy": energy_distance(student, goal),
-        "trainable_share": sum(p.numel() for p in adapters.parameters()) / sum(p.numel() for p in base.parameters()),
+        "trainable_share": parameters(adapters) / parameters(base),
         "evaluations": float(cfg.steps),
     }
     run.row("guidance, two passes", sample_error=0.0, evaluations=2.0 * cfg.steps)

@@ -42,6 +42,7 @@ from stillroom.diffusion.processes import EDM, VP, Process, ReversedFlow, along
 from stillroom.diffusion.sampling import Point, pairs, path
 from stillroom.diffusion.setting import Setting
 from stillroom.diffusion.teachers import TeacherConfig
+from stillroom.metrics.cost import parameters
 from stillroom.metrics.generation import straightness
 
 FLOW = ReversedFlow()
@@ -323,5 +324,5 @@ def judge(
     setting.show(run, "samples", rows)
     run.save_student(student, lambda net, folder: setting.save(net, folder, setting.process.grid(1), fresh_noise=False))
     flow = {f"flow_{name}": value for name, value in found["small flow, 20 steps"].items()}
-    size = float(sum(p.numel() for p in student.parameters()))
+    size = float(parameters(student))
     return found["student"] | flow | {"straightness": sum(bends) / len(z), "parameters": size}

@@ -42,6 +42,7 @@ from stillroom.lm.teachers import save_causal
 from stillroom.lm.train import taken
 from stillroom.losses.divergences import cross_entropy
 from stillroom.losses.tokens import IGNORE
+from stillroom.metrics.cost import parameters
 from stillroom.nets.decoder import Attention, Decoder, Gate, GateOptions, gated_hidden, rotary
 
 
@@ -150,7 +151,7 @@ def main(cfg: Config, run: Run) -> dict[str, float]:
     maps = attention_maps(net, ids)
     metrics["first_token_share"] = sum(first_token_share(m).item() for m in maps) / len(maps)
     metrics |= {"spikes": float(spikes(losses)), "massive_activation": massive_activation(net, ids)}
-    run.row("student", **{k: v for k, v in metrics.items() if k != "spikes"}, parameters=sum(p.numel() for p in net.parameters()))
+    run.row("student", **{k: v for k, v in metrics.items() if k != "spikes"}, parameters=parameters(net))
     if cfg.sweep:
         found = {cfg.optimizer.lr: metrics["ce"]}
         for rate in cfg.sweep:

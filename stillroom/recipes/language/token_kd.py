@@ -49,6 +49,7 @@ from stillroom.lm.tokenizer import Characters, Known, fingerprint
 from stillroom.lm.train import predicting, sft, taken
 from stillroom.losses.divergences import jsd
 from stillroom.losses.tokens import Divergence, Name, align
+from stillroom.metrics.cost import parameters
 from stillroom.metrics.modes import eval_mode
 from stillroom.nets.decoder import Decoder
 
@@ -308,10 +309,6 @@ def crosses(cfg: Config, own: Any, tokenizer: Any) -> bool:
     if cfg.signal == "uld" and cfg.kd_weight and not cfg.ce_weight:
         raise UserError("--signal uld says how sure the teacher is and never of what: give --ce-weight too.")
     return asked or not same
-
-
-def parameters(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
 
 
 # -- what the teacher says ---------------------------------------------------------------------------------------------------------

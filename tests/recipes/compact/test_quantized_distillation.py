@@ -15,6 +15,7 @@ from stillroom.core.errors import UserError
 from stillroom.core.optim import Optimizer
 from stillroom.core.run import Run
 from stillroom.core.store import Store
+from stillroom.data.batches import Batches
 from stillroom.data.embedded import digits
 from stillroom.data.load import load_images
 from stillroom.nets.packed import Coded
@@ -85,7 +86,8 @@ QUICK = {"teacher": "small:convnet-w4", "student": "small:convnet-w4", "labelled
 
 
 def traced(run: Run, **changes):
-    return trace(qd, run, {**QUICK, **changes}, watch=["losses", "functional_call"])
+    quick = {name: value for name, value in QUICK.items() if changes.get("kd_weight", 1) or name != "teacher"}
+    return trace(qd, run, {**quick, **changes}, watch=["losses", "functional_call"])
 
 
 @pytest.mark.parametrize("changes", [{}, {"kd_weight": 0.0}, {"stochastic": True, "bits": 4}])
@@ -160,7 +162,13 @@ def test_bits_are_those_of_codes_and_ranges():
     [
         ({"point_steps": 7}, "--point-steps 7 has no effect with --quantize during"),
         ({"quantize": "none", "stochastic": True}, "--stochastic True has no effect with --quantize none"),
-        ({"quantize": "points", "point_learning": False, "auto_bits": True}, "--auto-bits True has no effect with --no-point-learning"),
+        ({"quantize": "points", "point_learning": False, "point_teacher": "teacher"}, "--point-teacher teacher has no effect"),
+        ({"deal": "bits"}, "--deal bits has no effect with --quantize during"),
+        ({"quantize": "after", "backward": "exact"}, "--backward exact has no effect with --quantize after"),
+        ({"quantize": "none", "bits": 3}, "--bits 3 has no effect with --quantize none"),
+        ({"quantize": "none", "vectors": False}, "--vectors False has no effect with --quantize none"),
+        ({"kd_weight": 0.0, "temperature": 3.0}, "--temperature 3.0 has no effect with --kd-weight 0"),
+        ({"kd_weight": 0.0, "teacher": "small:mlp"}, "--teacher small:mlp has no effect with --kd-weight 0"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(run, changes, message):
@@ -176,6 +184,18 @@ def test_which_parameters_are_quantized():
     assert qd.quantized(net, qd.Config(vectors=False)) == [n for n in names if net.get_parameter(n).ndim > 1]
 
 
+def test_dealt_points_follow_the_gradients_within_their_budget():
+    data = digits(0, labelled=64, transfer=0)
+    net = load_classifier("small:convnet-w4", data=data)
+    named, batches = dict(net.named_parameters()), Batches(data.train, 16, 0)
+    sizes, norms = [p.numel() for p in named.values()], qd.gradient_norms(net, named, [batches(step) for step in range(5)])
+    even, points, bits = (qd.deal(qd.Config(bits=3, deal=way), net, named, batches) for way in ("evenly", "points", "bits"))
+    assert even == [8] * len(named)
+    assert sum(points) == sum(even)
+    assert points == quantizers.allocate(even, sizes, norms)
+    assert [count.bit_length() - 1 for count in bits] == quantizers.allocate_bits(3, sizes, norms)
+
+
 def test_gradient_norms_leave_the_net_alone():
     data = digits(0, labelled=64, transfer=0)
     net = load_classifier("small:convnet-w4", data=data).train()
@@ -187,7 +207,7 @@ def test_gradient_norms_leave_the_net_alone():
     torch.testing.assert_close(torch.tensor(norms), torch.stack([g.norm() for g in gradients]))
 
 
-@pytest.mark.parametrize("arm", ["quantized distillation, 2 bits", "after, 4 bits", "points, dealt bits"])
+@pytest.mark.parametrize("arm", ["quantized distillation, 2 bits", "after, 4 bits", "points, 3 bits dealt"])
 def test_end_to_end(arm, tmp_path):
     config = configs.override(cards.config_of(qd, arm), SMALL)
     with Run(tmp_path / "run", store=Store(tmp_path / "cache"), plots=arm.startswith("quantized")) as run:
@@ -199,9 +219,11 @@ def test_end_to_end(arm, tmp_path):
     data = load_images("digits", seed=0, labelled=300, transfer=False, noise=0.3)
     net = load_classifier(f"run:{tmp_path}/run", data=data)
     assert size < sum(p.numel() * 4 for p in net.parameters()) / 2
+    theirs = next(row for row in run.rows if row["name"] == "teacher")["accuracy"]
+    assert result["metrics"]["over_teacher"] == pytest.approx(result["metrics"]["accuracy"] - theirs)
     assert qd.accuracy(net, data) == pytest.approx(result["metrics"]["accuracy"], abs=2e-3)
     levels = max(len(p.unique()) for p in net.parameters() if p.numel() <= config.bucket)
-    assert levels <= (2**config.bits if not config.auto_bits else 64)
+    assert levels <= (2**config.bits if config.deal == "evenly" else 256)
     if run.plots:
         assert (tmp_path / "run" / "samples" / "weights before and after.svg").exists()
         assert [row["name"] for row in run.rows] == ["teacher", "full precision", "student"]
