@@ -106,6 +106,7 @@ LONG = {"steps": 1500, "samples": 8}
 EARLY = {"steps": 300}
 TINY = {"trajectories": 16, "tests": 4, "steps": 4}
 ARMS = {
+    "cot": {"student_learns": "cot"},
     "cot, 3x steps, 8 votes": {"student_learns": "cot", **LONG},
     "cot+facts, 3x steps, 8 votes": {"student_learns": "cot+facts", **LONG},
     "agent": {},
@@ -120,7 +121,8 @@ CLAIMS = [
         "an agent's student answers about entities it never saw, chains of thought do not, with three times the steps and eight votes",
         "unseen", "agent", "cot, 3x steps, 8 votes", margin=0.3, paper="7B: 39.9 against 33.5",
     ),
-    Claim("although they have learned to answer about those they saw", "accuracy", "cot, 3x steps, 8 votes", 0.2),
+    Claim("nor with the agent's own steps and a single answer", "unseen", "agent", "cot", margin=0.3, paper="7B: 39.9 against 33.5"),
+    Claim("although the longer trained have learned to answer about those they saw", "accuracy", "cot, 3x steps, 8 votes", 0.2),
     Claim(
         "retrieved facts help a chain of thought about unseen entities",
         "unseen", "cot+facts, 3x steps, 8 votes", "cot, 3x steps, 8 votes", margin=0.1, paper="1.5B: 21.3 to 24.6, 7B: 33.5 to 32.2",
@@ -139,9 +141,7 @@ CLAIMS = [
         "a teacher opened with its first thought solves more questions as an agent",
         "teacher_success", "learned teacher, first thought", "learned teacher", paper="MATH level 5: 58.4 to 67.1",
     ),
-    Claim(
-        "and its student answers more", "accuracy", "learned teacher, first thought", "learned teacher", paper="7B: 39.9 to 42.3",
-    ),
+    Claim("and its student answers more", "accuracy", "learned teacher, first thought", "learned teacher", paper="7B: 39.9 to 42.3"),
 ]  # fmt: skip
 
 SYSTEM = (
@@ -211,8 +211,7 @@ def laptop(cfg: Config, run: Run) -> dict[str, float]:
             metrics[name], found = solve(cfg, world, tokenizer, net, questions, bench)
             episodes += found
         if cfg.student_learns == "agent":
-            metrics |= conduct(episodes)
-            metrics["invented"] = invented(tokenizer, net, tests["accuracy"])
+            metrics |= conduct(episodes) | {"invented": invented(tokenizer, net, tests["accuracy"])}
     run.row("student", **metrics, parameters=parameters(net))
     if episodes:
         run.figure("how episodes end", lambda axes: draw_ends(axes, episodes, cfg.max_steps))
