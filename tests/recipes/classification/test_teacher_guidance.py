@@ -112,6 +112,57 @@ def test_best_weight_against_a_grid_and_clipping() -> None:
     assert tg.best_weight(y, g, g) == 1.0
 
 
+def test_the_toy_is_a_noisy_sine_drawn_from_its_seed_alone() -> None:
+    d = tg.sine(dataclasses.replace(CFG, points=4000, held_out=3000, noise=0.5), 7)
+    for x, y, count in ((d["x"], d["y"], 4000), (d["xv"], d["yv"], 3000)):
+        noise = y[:, 0] - (2 * torch.pi * x).sin()
+        assert x.shape == (count,)
+        assert float(x.min()) < 0.01
+        assert float(x.max()) > 0.99
+        assert float(noise.mean()) == pytest.approx(0, abs=0.03)
+        assert float(noise.std()) == pytest.approx(0.5, abs=0.03)
+    assert d["grid"].tolist() == pytest.approx([i / 100 for i in range(101)])
+    torch.testing.assert_close(d["truth"], (2 * torch.pi * d["grid"]).sin()[:, None])
+    torch.manual_seed(1)
+    one = tg.sine(CFG, 7)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(one.values(), tg.sine(CFG, 7).values(), strict=True))
+    assert not torch.equal(one["x"], tg.sine(CFG, 8)["x"])
+
+
+def test_the_kernel_part_is_the_mean_of_its_data_sets(run: Run) -> None:
+    cfg = override(tg.Config(), {"part": "kernel", "rule": "fixed", "label_weight": 0.35, "steps": 4, "draws": 3})
+    found = tg.main(cfg, run)
+    curves = []
+    for draw in range(3):
+        d = tg.sine(cfg, run.seed * 1000 + draw)
+        K, cross = tg.rbf(d["x"], d["x"], cfg.gamma), tg.rbf(d["grid"], d["x"], cfg.gamma)
+        curves.append(torch.stack([(f - d["truth"]).square().mean() for f in refit(K, cross, d["y"], cfg.ridge, [0.35] * 4)]))
+    curve = torch.stack(curves).mean(0)
+    wanted = {"mse": curve[-1], "mse_first": curve[0], "mse_best": curve.min()}
+    assert {name: found[name] for name in wanted} == {name: pytest.approx(float(value), rel=1e-6) for name, value in wanted.items()}
+    assert found["label_weight"] == pytest.approx(0.35)
+    assert 0 < found["limit_gap"] < 1e-8
+
+
+def test_the_optimal_weight_of_a_step_minimises_the_held_out_error(run: Run) -> None:
+    cfg = override(tg.Config(), {"part": "kernel", "rule": "optimal", "steps": 3, "draws": 1})
+    found = tg.main(cfg, run)
+    d = tg.sine(cfg, run.seed * 1000)
+    K, held, grid = (tg.rbf(d[to], d["x"], cfg.gamma) for to in ("x", "xv", "grid"))
+    solve = torch.linalg.inv(K + cfg.ridge * torch.eye(len(K), dtype=F64))
+    past = d["y"]
+    for _ in range(3):
+        g, h = held @ solve @ d["y"], held @ solve @ past
+        best = float(((d["yv"] - h) * (g - h)).sum() / (g - h).square().sum()) if not torch.equal(g, h) else 1.0
+        weight = min(1.0, max(0.0, best))
+        target = weight * d["y"] + (1 - weight) * past
+        error, past = (grid @ solve @ target - d["truth"]).square().mean(), K @ solve @ target
+    assert found["mse"] == pytest.approx(float(error), rel=1e-6)
+    assert found["label_weight"] == pytest.approx(weight, rel=1e-6)
+    assert found["grid_regret"] < 1e-8
+
+
 # -- the deep part -----------------------------------------------------------------------------------------------------------------
 SMALL = {"generations": 3, "fit_steps": 3, "student": "small:convnet-w4", "labelled": 60, "batch_size": 10}
 
@@ -161,6 +212,28 @@ def test_the_best_weight_comes_from_a_fit_without_labels_and_the_first_one(run: 
     wanted = [1.0] * 3 + [w for a in found for w in [0.0] * 3 + [a] * 3 * (a > 0.01)]
     assert weights == wanted
     assert seen.metrics["label_weight"] == found[-1]
+
+
+@pytest.mark.parametrize(("weight", "fits"), [(0.009, 2), (0.011, 3)])
+def test_a_generation_without_weight_on_the_labels_is_not_fitted_twice(run: Run, monkeypatch, weight: float, fits: int) -> None:
+    monkeypatch.setattr(tg, "best_weight", lambda *_: weight)
+    seen = trace(tg, run, {**SMALL, "rule": "optimal", "generations": 2, "fit_steps": 1})
+    assert len(seen.updates("student")) == fits
+
+
+def test_labels_are_those_of_the_batch_and_some_images_are_held_out(run: Run) -> None:
+    """Labels follow the images; 60 labelled images, 40 of them trained on."""
+    changes = {"generations": 1, "fit_steps": 4, "rule": "fixed", "label_weight": 0.3, "validation": 1 / 3, "label_noise": 0.0}
+    seen = traced(run, **changes)
+    plain = digits(run.seed, labelled=60, transfer=0)
+    known = {image.numpy().tobytes(): int(label) for image, label in zip(plain.train.images(), plain.train.labels)}
+    shown: set[bytes] = set()
+    views = [call for call in seen.calls("student") if call.training]
+    for call, view in zip(seen.calls("guided"), views, strict=True):
+        pictures = [image.numpy().tobytes() for image in view.args[0]]
+        assert call.args[1].argmax(1).tolist() == [known[picture] for picture in pictures]
+        shown.update(pictures)
+    assert len(shown) == 40
 
 
 def test_the_norm_term_is_the_sum_of_the_tensors_norms_and_can_be_left_out(run: Run, tmp_path) -> None:
