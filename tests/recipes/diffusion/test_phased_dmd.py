@@ -11,11 +11,11 @@ import torch
 from stillroom.core.errors import UserError
 from stillroom.core.run import Run
 from stillroom.diffusion.denoiser import Prediction
-from stillroom.diffusion.exact import Gaussian
+from stillroom.diffusion.exact import Gaussian, Mixture
 from stillroom.diffusion.processes import EDM, VP, Flow, Process, ReversedFlow, Trig
 from stillroom.recipes.diffusion import phased_dmd
 from stillroom.recipes.diffusion.phased_dmd import Config, ends_of, fake_goal, fake_loss, noise_range, steps_of
-from stillroom.testing import trace
+from stillroom.testing import recording, trace
 from tests.diffusion.tiny import untrained
 from tests.recipes.common import assert_resumes
 
@@ -207,15 +207,58 @@ def test_arguments_of_the_arms(run: Run) -> None:
 
 
 def test_the_metrics_of_phase_one_compare_with_data_at_its_noise(run: Run) -> None:
-    """Experts that are the exact teacher land there in many steps."""
     setting = untrained("ring", width=8)
-    changes = {**QUICK, "evaluate": 400, "updates": 1, "steps": 2}
+    changes = {**QUICK, "evaluate": 700, "updates": 1, "steps": 4, "phases": 3, "shift": 1.0}
     seen = trace(phased_dmd, run, changes, ["mmd"], setting=setting)
     half, noisy = seen.calls("mmd")[0].args
-    expected = float(((0.25 * (1.5**2 / 2 + 0.08**2)) + 0.25) ** 0.5)
-    assert float(noisy.std()) == pytest.approx(expected, rel=0.08)
-    assert len(half) == 400
+    assert len(half) == len(noisy) == 700
+    end = ends_of(Flow().grid(4, 1.0), 3)[0]
+    assert end == 0.75
+    expected = (((1 - end) ** 2 * (1.5**2 / 2 + 0.08**2)) + end**2) ** 0.5
+    assert float(noisy.std()) == pytest.approx(expected, rel=0.04)  # exchanged: 5 % more
     assert seen.metrics["phase1_std_ratio"] == pytest.approx(float(half.std() / noisy.std()))
+
+
+def test_the_toy_learns_at_its_time_and_is_judged_beyond_it(run: Run) -> None:
+    with recording({"fake_loss": phased_dmd, "sample": phased_dmd}) as seen:
+        phased_dmd.toy(run, "unbiased", 40)
+    losses = seen.calls("fake_loss")
+    assert len(losses) == 40
+    x = torch.cat([call.args[1] for call in losses])
+    mean, square = x.mean(), x.square().mean()
+    assert float(mean) == pytest.approx(0.25, abs=0.02)  # half of {-1, 0, 1, 2}, half noise
+    assert float(square) == pytest.approx(0.25 * 1.5 + 0.25, rel=0.03)
+    times = torch.cat([call.args[4].flatten() for call in losses])
+    assert {call.args[3] for call in losses} == {0.5}
+    assert 0.52 <= float(times.min()) < 0.525
+    assert 0.995 < float(times.max()) <= 1
+    rates = [update.rates[0] for update in seen.updates("net")]
+    assert rates[0] == pytest.approx(2e-3)
+    assert rates[-1] < 1e-4
+    judged = [call.args[1] for call in seen.calls("net") if not call.grad and len(call.args[0]) == 4000][:6]
+    assert judged == [0.52, 0.6, 0.7, 0.8, 0.9, 0.98]
+    (own, truth) = seen.calls("sample")
+    assert torch.equal(own.args[1], truth.args[1])
+    assert own.args[2] == truth.args[2] == pytest.approx([1 - i / 100 for i in range(51)])
+
+
+def test_an_error_of_the_toy_is_the_mean_square_of_velocities(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A net that is the exact answer but for c in its velocity has the error c^2, and its samples drift by half of c."""
+    data = Mixture(torch.tensor([[-1.0], [0.0], [1.0], [2.0]]), 0.0)
+
+    class Off(torch.nn.Module):
+        def __init__(self, *_: Any) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor, t: Any, cond: Any = None, process: Any = None) -> Prediction:
+            x0, eps = data(x, t)
+            t = torch.as_tensor(t).float().reshape(-1, 1)
+            return Prediction(x0 - t * (0.3 + 0 * self.weight), eps + (1 - t) * (0.3 + 0 * self.weight))
+
+    monkeypatch.setattr(phased_dmd, "Denoiser", Off)
+    found = phased_dmd.toy(run, "unbiased", 1)
+    assert found["toy_velocity_error"] == pytest.approx(0.09, rel=1e-3)
 
 
 def test_the_toy_tells_the_targets_apart_and_its_keys(run: Run) -> None:
