@@ -1,10 +1,13 @@
-"""Started by torchrun: recipes at a few steps under an engine; rank 0 writes what each measured. `every_recipe.py ENGINE FOLDER NAME…`"""
+"""Started by torchrun: recipes at a few steps under DDP, then under FSDP2; rank 0 writes what each measured, or why it was refused.
+`every_recipe.py FOLDER NAME…`"""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -25,22 +28,25 @@ def same_everywhere(run: Run) -> None:
             assert torch.equal(run.engine.gather(mine), mine.repeat(run.world)), role.name
 
 
-def main(engine: str, folder: str, *names: str) -> None:
+def measured(engine: Any, folder: Path, name: str) -> Any:
+    recipe = cards.load(name)
+    with Run(folder / name, 0, engine=engine, store=Store(folder / "store"), plots=False) as run:
+        try:
+            return execute(name, override(recipe.Config(), recipe.TINY), run)["metrics"]
+        except UserError as error:
+            return str(error)
+
+
+def main(folder: str, *names: str) -> None:
     torch.set_num_threads(1)
-    placed, save, found = make(engine, "cpu"), Run.save, {}  # type: ignore[arg-type]
-    if engine == "ddp":
-        Run.save = lambda run, *place: (same_everywhere(run), save(run, *place))[1]  # type: ignore[method-assign, assignment, misc]
-    for name in names:
-        recipe = cards.load(name)
-        cfg = override(recipe.Config(), recipe.TINY)
-        with Run(Path(folder) / name, 0, engine=placed, store=Store(Path(folder) / "store"), plots=False) as run:
-            try:
-                found[name] = execute(name, cfg, run)["metrics"]
-            except UserError as error:
-                found[name] = str(error)
-    if not placed.rank:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
-    placed.end()
+    save, ddp, place = Run.save, make("ddp", "cpu"), Path(folder)
+    with mock.patch.object(Run, "save", lambda run, *where: (same_everywhere(run), save(run, *where))[1]):
+        found = {"ddp": {name: measured(ddp, place / "ddp", name) for name in names}}
+    fsdp2 = make("fsdp2", "cpu")
+    found["fsdp2"] = {name: measured(fsdp2, place / "fsdp2", name) for name in names}
+    if not ddp.rank:
+        (place / "found.json").write_text(json.dumps(found))
+    ddp.end()
 
 
 if __name__ == "__main__":
