@@ -53,6 +53,13 @@ def run_shape(shape: str, engine: str, folder: Path) -> Local:
         nets = list(one_role(run, 48))
     elif shape.startswith("one_role"):
         nets = list(one_role(run, 12))
+    elif shape.startswith("reached"):  # the maker's loss gives gradients to the critic too, which are not the critic's to learn from
+        (maker, m), (critic, c) = run.trainable("maker", mlp(8, 4), ADAM), run.trainable("critic", mlp(4, 1), ADAM)
+        for _ in run.steps(12):
+            x, y = run.shard((rows(1, 64, 8), rows(2, 64, 4)))
+            run.update(m, critic(maker(x)).mean(1))
+            run.update(c, ((critic(y) - 1) ** 2).mean(1))
+        nets = [maker, critic]
     elif shape == "routed":
         net, optimizer = run.trainable("student", Routed(), ADAM)
         for _ in run.steps(12):

@@ -75,7 +75,7 @@ class Local:
 
     # -- gradients
     def synchronise(self, net: Any, now: bool) -> None:
-        """Whether the coming backward passes of `net` exchange gradients (only the last chunk of an accumulated step does)."""
+        """Whether the coming backward passes of `net` exchange gradients (of a role that is alone, those of a step's last chunk only)."""
 
     def average(self, net: Any, params: list[nn.Parameter]) -> None:
         """Before a role's step: every process holds the mean of the gradients, and the buffers of rank 0."""

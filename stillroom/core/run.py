@@ -212,8 +212,9 @@ class Run:
                 for chunk in range(self.accumulate):
                     self.roles.chunk = chunk
                     if collective:
+                        # Gradients wait for the last chunk where a role is alone: what reaches another one must be dropped at once.
                         for role in self.roles.values():
-                            self.engine.synchronise(role.net, self.last_chunk)
+                            self.engine.synchronise(role.net, self.last_chunk or len(self.roles) > 1)
                     self._seed(first + step * _STEP, chunk * _CHUNK + self.rank * _RANK)
                     yield step
                 if bar is not None:

@@ -61,7 +61,18 @@ def features(net: Any, middle: nn.Module, x: Tensor, t: Tensor, cond: Any) -> tu
     """The network's own output at (x, t), and what its module `middle` gave in the same call (the last part, if it gives several)."""
     with outputs(middle) as seen:
         raw = net(x, t, cond, read=False)
-    return raw, seen[-1][-1] if isinstance(seen[-1], tuple) else seen[-1]
+    found = seen[-1][-1] if isinstance(seen[-1], tuple) else seen[-1]
+    if found.requires_grad and hasattr(net, "unshard"):
+        # FSDP2 gathers the weights of a module when a gradient reaches its output. A loss on the features alone enters the modules around
+        # `middle` behind their outputs, and would find the weights that come before it still cut.
+        around = [module for module in net.modules() if hasattr(module, "unshard") and middle in module.modules()]
+
+        def gather(gradient: Tensor) -> None:
+            for module in around:
+                module.unshard()
+
+        found.register_hook(gather)
+    return raw, found
 
 
 def fooling_loss(weight: float, fake_logits: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ RANKS = ROOT / "tests" / "ranks.py"
 
 
 SHAPES = {
-    "ddp": ("one_role", "three_roles", "one_role_accumulated", "bare", "moved", "routed"),
-    "fsdp2": ("one_role", "three_roles", "moved"),
+    "ddp": ("one_role", "three_roles", "one_role_accumulated", "reached_accumulated", "bare", "moved", "routed"),
+    "fsdp2": ("one_role", "three_roles", "one_role_accumulated", "reached_accumulated", "moved"),
 }
 
 

@@ -134,6 +134,42 @@ def test_points_at_rest_adapt_batch_norm_alone(run):
     assert "gain" in seen.metrics
 
 
+@pytest.mark.parametrize("changes", [{"stochastic": True, "backward": "exact", "bits": 3, "bucket": 64}, {"backward": "truncated"}])
+def test_the_quantizer_is_asked_as_the_flags_say(run, changes, monkeypatch):
+    asked, uniform = [], quantizers.uniform
+    monkeypatch.setattr(quantizers, "uniform", lambda *args, **keywords: asked.append((args[1:], keywords)) or uniform(*args, **keywords))
+    traced(run, steps=1, kd_weight=0.0, **changes)
+    wanted = {"backward": changes["backward"], "stochastic": changes.get("stochastic", False)}
+    assert asked
+    assert all(call == ((changes.get("bits", 2), changes.get("bucket", 256)), wanted) for call in asked)
+
+
+def test_what_is_delivered_are_the_quantizers_values_and_the_rest_stays():
+    net = load_classifier("small:convnet-w4", data=digits())
+    before = copy.deepcopy(net)
+    config = qd.Config(vectors=False, ends=False, bits=3, bucket=32)
+    qd.deliver(net, qd.encode(net, config))
+    chosen = qd.quantized(before, config)
+    for name, p in before.named_parameters():
+        wanted = quantizers.uniform(p.detach(), 3, 32) if name in chosen else p
+        torch.testing.assert_close(net.get_parameter(name), wanted)
+    assert 0 < len(chosen) < len(list(before.parameters()))
+
+
+def test_the_gain_is_what_the_points_learned_and_their_teacher_is_the_one_asked_for(run, tmp_path):
+    seen = trace(qd, run, {**QUICK, "quantize": "points", "point_steps": 2, "point_teacher": "teacher"}, watch=["losses", "accuracy"])
+    first, last, shadow = (call.result for call in seen.calls("accuracy"))
+    assert seen.metrics["gain"] == pytest.approx(last - first)
+    assert seen.metrics["shadow_accuracy"] == shadow
+    assert seen.metrics["accuracy"] == pytest.approx(last)
+    rows = torch.cat([asked.result for asked in seen.calls("frozen 0")])
+    for call in [call for call in seen.calls("losses") if call.stage == "run"]:
+        assert (call.args[2][:, None] - rows[None]).abs().amax(2).amin(1).max() < 1e-4
+    with Run(tmp_path / "plain", 0, engine=run.engine, store=run.store, plots=False) as other:
+        seen = trace(qd, other, {**QUICK, "quantize": "points", "point_steps": 1, "kd_weight": 0.0, "teacher": qd.Config.teacher}, ["losses"])
+    assert [call.args[2] for call in seen.calls("losses")] == [None] * 5, "without the distillation term nobody is asked"
+
+
 def test_the_trained_student_as_it_is(run, tmp_path):
     seen = traced(run, quantize="none")
     assert seen.metrics["bits_per_weight"] == 32

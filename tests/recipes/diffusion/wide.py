@@ -1,4 +1,7 @@
-"""Started by torchrun: recipes of several steps under FSDP2, on networks whose blocks are sharded on their own. `wide.py FOLDER`"""
+"""Started by torchrun: recipes of several steps under FSDP2, on networks whose blocks are sharded on their own. `wide.py FOLDER`
+
+dmd2 runs on whole networks too, for the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,16 @@ SMALL = {"steps": 4, "batch": 4, "evaluate": 4}
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     placed, found = make("fsdp2", "cpu"), {}
-    recipes: list[tuple[Any, dict[str, Any]]] = [
-        (dmd2, {"updates": 3, "fake_updates": 2, "gan_weight": 0}),
-        (phased_dmd, {"updates": 3, "fake_updates": 1}),
+    runs: list[tuple[str, Any, dict[str, Any], Any]] = [
+        ("dmd2", dmd2, {"fake_updates": 2}, placed),
+        ("dmd2 whole", dmd2, {"fake_updates": 2}, make("ddp", "cpu")),
+        ("phased_dmd", phased_dmd, {"fake_updates": 1}, placed),
     ]
-    for recipe, more in recipes:
+    for name, recipe, more, engine in runs:
         cfg = override(recipe.Config(), {**recipe.TINY, **SMALL, "updates": 3, **more})
         setting = untrained("ring", width=600, depth=1)
-        with Run(Path(folder) / recipe.__name__, 0, engine=placed, store=Store(Path(folder) / "store"), plots=False) as run:
-            found[recipe.__name__.rpartition(".")[2]] = recipe.main(cfg, run, setting=setting)["energy"]
+        with Run(Path(folder) / name, 0, engine=engine, store=Store(Path(folder) / "store"), plots=False) as run:
+            found[name] = recipe.main(cfg, run, setting=setting)["energy"]
     if not placed.rank:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     placed.end()
