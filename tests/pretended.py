@@ -2,13 +2,14 @@
 
 Whole programs run on it, for its tensors have values, and it refuses what a GPU refuses: operators on tensors of two devices, an index of
 the device into a tensor of the host, a generator of the wrong device, `numpy()`. What would make the host wait for the device (values
-that the host reads, results whose shape depends on values) is counted in `seen.waits`, what is sent to the device in `seen.copies`, every
-operator in `seen.kernels`; all of them by the training loop whose step is under way (None outside of loops), and by line.
+that the host reads, results whose shape depends on values, memory sent to it without `non_blocking`) is counted in `seen.waits`, all that
+is sent to the device in `seen.copies`, every operator in `seen.kernels`; all of them by the training loop whose step is under way (None
+outside of loops), and by line.
 
 It says nothing about time, memory or numerics, and one thing it cannot do: change the shape of a tensor in place.
 Importing this module renames torch's spare backend for the whole process, so it belongs into a process of its own:
 
-    python -m tests.pretended FOLDER fp32|bf16 NAME…        # recipes at TINY size; FOLDER/found.json says what was seen
+    python -m tests.pretended FOLDER NAME[:bf16]…        # recipes at TINY size; FOLDER/found.json says what was seen
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def refuse(func: Any, why: str) -> None:
     raise RuntimeError(f"{why}, in {func} at {place()}")
 
 
-def look(func: Any, name: str, args: Any, leaves: list[Any], onto: bool) -> None:
+def look(func: Any, name: str, args: Any, kwargs: dict[str, Any], leaves: list[Any], onto: bool) -> None:
     """Refuse what a GPU refuses, count waits and copies."""
     held = [x for x in leaves if isinstance(x, Pretended)]
     plain = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, Pretended) and x.device.type != "meta"]
@@ -175,12 +176,15 @@ def look(func: Any, name: str, args: Any, leaves: list[Any], onto: bool) -> None
             SEEN.note(SEEN.waits, "device to host")
         elif target and not source:
             SEEN.note(SEEN.copies, "host to device")
+            if not (kwargs.get("non_blocking") or args[2:3] == (True,)):  # `copy_` has it as its third argument
+                SEEN.note(SEEN.waits, "host to device")
     elif name in INDEXING:
         indices = [x for x in args[1] if x is not None]
         if not isinstance(args[0], Pretended) and any(isinstance(x, Pretended) for x in indices):
             refuse(func, "an index of the device into a tensor of the host")
         if isinstance(args[0], Pretended) and any(not isinstance(x, Pretended) for x in indices):
             SEEN.note(SEEN.copies, "index of the host")
+            SEEN.note(SEEN.waits, "index of the host")
         if isinstance(args[0], Pretended) and any(x.dtype in (torch.bool, torch.uint8) for x in indices):
             SEEN.note(SEEN.waits, "boolean mask")
         if name != "index" and isinstance(args[0], Pretended) != isinstance(args[2], Pretended) and args[2].dim():
@@ -207,7 +211,7 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     asked = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
     onto = bool(held) if asked is None else asked == NAME
     if asked != "meta":
-        look(func, name, args, leaves, onto)
+        look(func, name, args, kwargs, leaves, onto)
 
     def enter(x: Any) -> Any:
         return x.inner if isinstance(x, Pretended) else torch.device("cpu") if isinstance(x, torch.device) and x.type == NAME else x
@@ -358,9 +362,12 @@ def measured(folder: Path, precision: Any, name: str) -> dict[str, Any]:
         }
 
 
-def main(folder: str, precision: str, *names: str) -> None:
+def main(folder: str, *names: str) -> None:
     torch.set_num_threads(1)
-    found = {name: measured(Path(folder), precision, name) for name in names}
+    found = {}
+    for name in names:
+        recipe, _, precision = name.partition(":")
+        found[name] = measured(Path(folder) / (precision or "fp32"), precision or "fp32", recipe)
     (Path(folder) / "found.json").write_text(json.dumps(found, indent=1))
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stillroom.core.errors import UserError
 from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.processes import Time
+from stillroom.diffusion.processes import Time, as_time
 from stillroom.nets.denoisers import PointNet
 
 Kind = Literal["cross_attention", "offset"]
@@ -162,7 +162,8 @@ class Adapters(nn.Module):
     def _tokens(self, n: int, like: Tensor) -> Tensor:
         """[B, N, h] tokens with positions, or [B, h] their sum; made once per call of the network."""
         if "tokens" not in self._side:
-            w = torch.as_tensor(self.w, dtype=like.dtype, device=like.device).expand(n)
+            assert self.w is not None  # else `_residual` asks for none
+            w = as_time(self.w, like).to(like.dtype).expand(n)
             parts = [self.scale(w * self.scale_w), self.time(self._side["time"])]
             if self.label is not None:
                 parts.append(self.label(self._side["label"]))
@@ -172,7 +173,7 @@ class Adapters(nn.Module):
                 self._side["tokens"] = total if words is None else total + words.mean(1)
             else:
                 tokens = torch.stack(parts, 1) if words is None else torch.cat([torch.stack(parts, 1), words], 1)
-                self._side["tokens"] = tokens + positions(tokens.shape[1], self.width).to(tokens)
+                self._side["tokens"] = tokens + positions(tokens.shape[1], self.width, tokens.device, tokens.dtype)
         return self._side["tokens"]
 
     def forward(self, base: Denoiser, x: Tensor, t: Time, cond: Any, w: Time) -> Tensor:
@@ -183,10 +184,11 @@ class Adapters(nn.Module):
             self.w = None
 
 
-def positions(n: int, width: int) -> Tensor:
-    """[n, width] sinusoidal positions."""
+@lru_cache(maxsize=64)
+def positions(n: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[n, width] sinusoidal positions. Made once for each device, where they stay."""
     angle = torch.arange(n)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
-    return torch.cat([angle.sin(), angle.cos()], 1)[:, :width]
+    return torch.cat([angle.sin(), angle.cos()], 1)[:, :width].to(device, dtype)
 
 
 def save(adapters: Adapters, folder: Path) -> None:

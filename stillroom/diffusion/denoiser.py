@@ -198,7 +198,7 @@ def repeat(cond: Any, n: int, device: torch.device | None = None) -> Any:
         return {name: repeat(value, n, device) for name, value in cond.items()}
     if cond is None:
         return None
-    cond = torch.as_tensor(cond, device=device)
+    cond = cond.to(device) if isinstance(cond, Tensor) else torch.full((), cond, device=device)  # a number is filled in, not sent
     return cond.expand(n) if cond.ndim == 0 else cond.expand(n, *cond.shape[1:])
 
 

@@ -16,7 +16,7 @@ from stillroom.core.run import Run
 from stillroom.core.store import Store
 from stillroom.diffusion import teachers, worlds
 from stillroom.diffusion.denoiser import Denoiser, Guided
-from stillroom.diffusion.exact import ring
+from stillroom.diffusion.exact import four_classes, ring
 from stillroom.diffusion.processes import EDM, VP, Flow, Trig, describe, named
 from stillroom.diffusion.processes.vp import _ratios
 from stillroom.diffusion.sampling import consistency, gamma_step, sde_step
@@ -52,6 +52,20 @@ def test_the_network_that_starts_where_the_teacher_is_learns_to_be_there(run: Ru
     with torch.no_grad():
         wrong, right = (float((net(x, t).x0 - found.teacher(x, t, None, Trig(1.0)).x0).square().mean()) for net in (before, after))
     assert right < wrong / 5
+
+
+def test_the_exact_teachers_data_are_what_torch_multinomial_would_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, as ledgers were made with it; and without it, for the host would wait for its checks."""
+    mixture, cond = four_classes(), torch.randint(-1, 4, (192,))
+    probability = mixture.log_weights.exp().expand(192, -1).masked_fill((cond[:, None] >= 0) & (cond[:, None] != mixture.labels), 0.0)
+    for some, given in ((mixture.log_weights.exp().expand(192, -1), None), (probability, cond)):
+        torch.manual_seed(7)
+        centre = mixture.centres[torch.multinomial(some, 1)[:, 0]]
+        expected = centre + mixture.std * torch.randn(centre.shape)
+        torch.manual_seed(7)
+        with monkeypatch.context() as refused:
+            refused.setattr(torch, "multinomial", None)
+            assert torch.equal(mixture.sample(192, given), expected)
 
 
 def test_conditions_and_data_of_a_world() -> None:

@@ -16,7 +16,10 @@ def as_time(t: Time, like: Tensor | None = None) -> Tensor:
     """A time as a float64 tensor, on the device of `like`."""
     device = like.device if like is not None else t.device if isinstance(t, Tensor) else None
     wide = torch.float32 if device is not None and device.type == "mps" else torch.float64
-    return torch.as_tensor(t, device=device, dtype=wide)  # a Python float must not pass through float32
+    if isinstance(t, Tensor):
+        return t.to(device, wide)
+    # Filled in where it is needed: `as_tensor` would send the number, for which the host waits. It must not pass through float32 either.
+    return torch.full((), t, dtype=wide, device=device)
 
 
 def along(coefficient: Tensor, x: Tensor) -> Tensor:

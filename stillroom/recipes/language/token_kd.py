@@ -373,13 +373,12 @@ def own_divergence(cfg: Config, run: Run, net: nn.Module, teacher: nn.Module, to
 def draw_position(axes: Any, teacher: nn.Module, student: nn.Module, test: Rows, place: int, tokenizer: Any) -> None:
     """The twelve likeliest next words of the teacher at one test position, beside the student's."""
     row = test.take(slice(0, 1))
-    device = next(student.parameters()).device
-    p, q = (head(net).logits(states(net, row)[0, place]).softmax(-1).to(device) for net in (teacher, student))
+    p, q = (head(net).logits(states(net, row)[0, place : place + 1]).softmax(-1)[0].cpu() for net in (teacher, student))
     words = p[: len(tokenizer)].topk(12).indices
     spots = range(len(words))
     axes.bar([x - 0.2 for x in spots], p[words].tolist(), 0.4, label="teacher")
     axes.bar([x + 0.2 for x in spots], q[words].tolist(), 0.4, label="student")
-    names = [str(int(w)) if isinstance(tokenizer, Characters) else repr(tokenizer.decode([int(w)]))[1:-1] for w in words]
+    names = [str(w) if isinstance(tokenizer, Characters) else repr(tokenizer.decode([w]))[1:-1] for w in words.tolist()]
     axes.set_xticks(list(spots), names, rotation=60, fontsize=8)
     axes.set(ylabel="probability", title=f"next word after {place + 1} tokens of the first test row")
     axes.legend()
