@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -145,13 +146,13 @@ def save(net: nn.Module, folder: Path) -> None:
 
 
 def load(net: nn.Module, folder: str | Path) -> nn.Module:
-    """Fill a network with adapters from `save`. UserError if there are none, or others."""
+    """Fill a network with adapters from `save`. UserError if there are none, others, or damaged ones."""
     if not (Path(folder) / FILE).is_file():
         raise UserError(f"{folder} holds no adapters ({FILE}).")
     try:
         transfer(net, load_file(Path(folder) / FILE))
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}.") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{Path(folder) / FILE}: {error}.") from None
     return net
 
 

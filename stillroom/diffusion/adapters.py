@@ -8,18 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stillroom.core.errors import UserError
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.processes import Time, as_time
+from stillroom.nets.checked import Fields, fill, is_number, read_object
 from stillroom.nets.denoisers import PointNet
 
 Kind = Literal["cross_attention", "offset"]
+WIDEST = 2**12
+"""No adapter has more channels inside."""
 
 
 class Scalar(nn.Module):
@@ -198,10 +201,20 @@ def save(adapters: Adapters, folder: Path) -> None:
 
 
 def load(folder: str | Path, net: nn.Module) -> Adapters:
-    """Hang saved adapters on a network (`pipe.unet`, `pipe.transformer`, or a `PointNet`); then set `.w` and use guidance_scale=1."""
+    """Hang saved adapters on a network (`pipe.unet`, `pipe.transformer`, or a `PointNet`); then set `.w` and use guidance_scale=1.
+
+    UserError, naming the file, for anything that `save` does not write, and for adapters of another network.
+    """
     folder = Path(folder)
-    if not (folder / "adapters.json").is_file():
+    file = folder / "adapters.json"
+    if not file.is_file():
         raise UserError(f"{folder} holds no adapters (adapters.json and adapters.safetensors of an agd run).")
-    adapters = Adapters(net, **json.loads((folder / "adapters.json").read_text()))
-    adapters.load_state_dict(load_file(folder / "adapters.safetensors"))
+    fields = Fields(file, read_object(file))
+    fields.only("kind", "width", "scale_w")
+    kind: Any = fields.choice("kind", get_args(Kind), "cross_attention")
+    width, scale_w = fields.whole("width", WIDEST), fields.values.get("scale_w")
+    if not is_number(scale_w):
+        raise fields.wrong("scale_w", "a number")
+    adapters = Adapters(net, kind, width, scale_w)  # type: ignore[arg-type]
+    fill(adapters, folder / "adapters.safetensors")
     return adapters.eval().requires_grad_(False)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from stillroom.core.config import Count, Natural
-from stillroom.core.errors import UserError, needs
+from stillroom.core.errors import UserError
 from stillroom.data.sequences import BackCopy, Rows
 from stillroom.lm.text import read_rows
-from stillroom.lm.tokenizer import Characters
+from stillroom.lm.tokenizer import Characters, pretrained_tokenizer
 
 PROCEDURAL = "back-copy"
 
@@ -52,10 +52,7 @@ class Corpus:
         kind, _, name = self.tokenizer.partition(":")
         if kind != "hf" or not name:
             raise UserError(f"--tokenizer {self.tokenizer}: write hf:ID-or-folder.")
-        try:
-            return needs("transformers", "hf", self.tokenizer).AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--tokenizer {self.tokenizer} could not be loaded: {str(error).splitlines()[0]}") from error
+        return pretrained_tokenizer(name, f"--tokenizer {self.tokenizer}")
 
     def rows(self, tokenizer: Any, seed: int) -> tuple[Rows, Rows]:
         """Training and test rows. UserError as for `read_rows`."""

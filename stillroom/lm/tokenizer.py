@@ -8,9 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from stillroom.core.errors import UserError
+from stillroom.core.errors import UserError, needs
+from stillroom.nets.checked import loading, only_files, read_object
 
 END = "<|end|>"
 """Ends a turn, and a generation."""
@@ -68,6 +70,25 @@ class Characters:
     ) -> str:
         text = "".join(f"<|{m['role']}|>{m['content']}{END}" for m in messages)
         return text + "<|assistant|>" * add_generation_prompt
+
+
+def pretrained_tokenizer(name: str | Path, what: str = "") -> Any:
+    """The transformers tokenizer of an ID or a folder. UserError that names `what` (default: hf:NAME), or the file that is wrong."""
+    what, folder = what or f"hf:{name}", Path(name)
+    transformers = needs("transformers", "hf", what)
+    if folder.is_dir():
+        only_files(folder)
+        for file in sorted({*folder.glob("*token*.json"), *folder.glob("config.json")}):
+            read_object(file)
+    try:
+        with loading(f"The tokenizer of {what}"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer.decode(tokenizer("a", add_special_tokens=False)["input_ids"])  # a file that loads may still not serve
+            return tokenizer
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # of the Rust in tokenizers, which is no Exception
+            raise UserError(f"The tokenizer of {what} could not be loaded ({error}).") from error
+        raise
 
 
 def fingerprint(tokenizer: Any) -> str:

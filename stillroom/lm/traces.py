@@ -19,6 +19,7 @@ from stillroom.core.errors import UserError
 from stillroom.core.store import write_atomic
 from stillroom.lm.tokenizer import encode_with_offsets
 from stillroom.losses.tokens import IGNORE
+from stillroom.nets.checked import loading
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -94,13 +95,15 @@ def per_prompt(traces: Iterable[Trace], limit: int, prompt: Callable[[Trace], An
 
 
 def render(tokenizer: Any, messages: Messages, *, reply: bool = False) -> str:
-    """The conversation as text by the tokenizer's chat template, ending with the open header of a reply if asked."""
+    """The conversation as text by the tokenizer's chat template, ending with the open header of a reply if asked. UserError for
+    a tokenizer without a template, or whose template fails."""
     if getattr(tokenizer, "chat_template", "") is None:
         raise UserError(
             f"The tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template: set tokenizer.chat_template, "
             "or use the instruction-tuned model's tokenizer."
         )
-    return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=reply)
+    with loading(f"The chat template of the tokenizer {getattr(tokenizer, 'name_or_path', '')!r}"):
+        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=reply)
 
 
 def rendered(tokenizer: Any, trace: Trace) -> tuple[str, list[tuple[int, int]]]:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -25,7 +28,7 @@ BYTES = 2**26
 """No JSON file is larger: the index of the largest models has 2^23."""
 SIZES = {
     "hidden_size", "hidden_sizes", "embedding_size", "intermediate_size", "image_size", "patch_size", "num_channels", "vocab_size",
-    "num_hidden_layers", "num_attention_heads", "depths",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "depths",
 }  # fmt: skip
 """Fields of transformers configs that are sizes in every model that has them: whole numbers from 1, or lists of such."""
 LAYERS, LARGEST = 2**12, 2**24
@@ -90,6 +93,20 @@ class Fields:
             raise self.wrong(field, f"a whole number from 1 to {most}")
         return value  # type: ignore[return-value]
 
+    def choice(self, field: str, options: Sequence[str], default: str) -> str:
+        """One of the options, or null or absent for the default."""
+        value = self.values.get(field)
+        if value is not None and value not in options:
+            raise self.wrong(field, f"one of {', '.join(options)}")
+        return default if value is None else value
+
+    def texts(self, field: str) -> list[str]:
+        """A list of texts, none of them empty and no two alike."""
+        value = self.values.get(field)
+        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value) or len(set(value)) < len(value):
+            raise self.wrong(field, "a list of texts, each once,")
+        return value
+
     def numbers(self, field: str, count: int, positive: bool = False) -> tuple[float, ...]:
         """`count` finite numbers."""
         value = self.values.get(field)
@@ -122,12 +139,18 @@ def check_config(values: Mapping[str, Any], file: Path | str) -> None:
         raise fields.wrong("id2label", "an object of names by number")
     if "num_labels" in values:
         fields.whole("num_labels", LARGEST)
+    weights = values.get("transformers_weights")
+    if weights is not None and not (isinstance(weights, str) and "/" not in weights and weights.endswith((".safetensors", INDEX))):
+        raise fields.wrong("transformers_weights", "the name of a .safetensors file in the same folder")
+    for field in fields.values:
+        if field.endswith("_implementation") and "/" in str(values[field]):  # a repository, whose code would be run
+            raise fields.wrong(field, "the name of an implementation in transformers")
     _check_sizes(fields)
 
 
 def _check_sizes(fields: Fields) -> None:
     for field, value in fields.values.items():
-        most = LAYERS if "layers" in field or field == "depths" else LARGEST if field in SIZES else 2**53
+        most = LAYERS if "layers" in field or field in ("n_layer", "depths") else LARGEST if field in SIZES else 2**53
         if isinstance(value, Mapping):
             _check_sizes(Fields(fields.file, value, f"{fields.inside}.{field}" if fields.inside else field))
         for number in _leaves(value):
@@ -146,24 +169,47 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def only_safetensors(folder: Path) -> None:
-    """UserError unless the folder holds weights as safetensors, and its indices name nothing but such files in the folder itself.
+def only_files(folder: Path) -> list[str]:
+    """Names of the files in a folder, sorted. UserError for what is neither file nor folder: a pipe lets its reader wait for ever."""
+    if others := sorted(path for path in folder.iterdir() if not path.is_file() and not path.is_dir()):
+        raise UserError(f"{others[0]} is neither a file nor a folder (a pipe, or a link to nothing): delete it, or copy the folder again.")
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def only_safetensors(folder: Path, *, needed: bool = True) -> None:
+    """UserError unless the folder holds weights as safetensors (or none at all, if none are `needed`), and its indices name nothing but
+    such files in the folder itself.
 
     Pickles can run code when they are opened, and a name with a path leads out of the folder.
     """
-    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    files = only_files(folder)
     if not any(name.endswith(".safetensors") for name in files):
         if pickles := [name for name in files if Path(name).suffix in PICKLES]:
             raise UserError(
                 f"{folder}: {pickles[0]} is a pickle, which can run code when it is opened, and was not opened. If you trust its source, "
                 "convert it once: load it in Python and save it with save_pretrained or safetensors.torch.save_file."
             )
-        raise UserError(f"{folder}: no weights were found (*.safetensors).")
+        if needed:
+            raise UserError(f"{folder}: no weights were found (*.safetensors).")
     for index in (folder / name for name in files if name.endswith(INDEX)):
         fields = Fields(index, read_object(index).get("weight_map"), "weight_map")
         for field, name in fields.values.items():
             if not isinstance(name, str) or not name.endswith(".safetensors") or name not in files:
                 raise fields.wrong(field, "the name of a .safetensors file in the same folder")
+
+
+def fill(net: nn.Module, file: Path, tied: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Put the tensors of a safetensors file into a net, all of them. UserError if it is damaged, or another net's.
+
+    tied: names that the file leaves out, each with the name whose tensor it shares.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is not a file.")
+    try:
+        state = load_file(file)
+        net.load_state_dict(state | {name: state[source] for name, source in tied.items()})
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{file} could not be read ({error}). It may be damaged, or another network's: copy it again.") from error
 
 
 @contextmanager

@@ -8,13 +8,15 @@ the pre-normed input that also feeds queries, keys and values, and Y one of five
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from stillroom.core.errors import UserError
+from stillroom.nets.checked import LARGEST, LAYERS, Fields, check_parameters, is_number
 
 Position = Literal["output", "value", "key", "query", "projected"]
 
@@ -269,6 +271,40 @@ class Decoder(nn.Module):
         `past_key_values`; the context is that of `Backbone.forward`."""
         out = self.base_model(input_ids, **context)
         return Predicted(self.head(out.last_hidden_state[:, -logits_to_keep:]), out.hidden_states, out.past_key_values)
+
+
+def rebuild(spec: Any, file: Path, most: int) -> Decoder:
+    """A freshly initialised decoder of the `spec` that a JSON file holds as `stillroom.decoder`, of at most `most` parameters. UserError
+    naming the file and the field."""
+    fields = Fields(file, spec, "stillroom.decoder")
+    sizes = {"vocabulary": LARGEST, "width": LARGEST, "layers": LAYERS, "heads": LARGEST}
+    made: dict[str, Any] = {field: fields.whole(field, largest) for field, largest in sizes.items()}
+    absent = {field: None for field in ("kv_heads", "hidden", "channels") if fields.values.get(field) is None}
+    made |= absent | {field: fields.whole(field, LARGEST) for field in ("kv_heads", "hidden", "channels") if field not in absent}
+    made |= {field: fields.flag(field, default) for field, default in (("tied", True), ("qk_norm", False), ("causal", True))}
+    if not is_number(fields.values.get("rope_base"), positive=True):
+        raise fields.wrong("rope_base", "a positive number")
+    fields.only(*made, "rope_base", "gate")
+    made |= {"rope_base": fields.values["rope_base"], "gate": _gate(fields)}
+    try:
+        check_parameters(lambda: Decoder(**made), most, f"{file}: stillroom.decoder")
+    except (UserError, RuntimeError) as error:  # RuntimeError: numbers that are sizes of no tensor
+        raise UserError(f"{file}: stillroom.decoder: {error}") from error
+    return Decoder(**made)
+
+
+def _gate(decoder: Fields) -> GateOptions | None:
+    """The gate of a decoder's spec, null or absent for none."""
+    if decoder.values.get("gate") is None:
+        return None
+    fields, hints = Fields(decoder.file, decoder.values["gate"], f"{decoder.inside}.gate"), get_type_hints(GateOptions)
+    fields.only(*hints)
+    made: dict[str, Any] = {
+        field: fields.flag(field, getattr(GateOptions, field)) if kind is bool
+        else fields.choice(field, get_args(kind), getattr(GateOptions, field))
+        for field, kind in hints.items()
+    }  # fmt: skip
+    return GateOptions(**made)
 
 
 def gated_hidden(width: int, hidden: int, heads: int, gate: GateOptions, kv_heads: int | None = None, channels: int | None = None) -> int:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from stillroom.core.errors import UserError, needs
@@ -20,6 +18,7 @@ from stillroom.nets.build import build, rebuild
 from stillroom.nets.checked import (
     Fields,
     check_parameters,
+    fill,
     is_number,
     is_whole,
     loading,
@@ -128,12 +127,7 @@ def _saved(folder: Path, data: ImageData | None, fresh: bool, any_classes: bool 
         packed.load_packed(net, folder / packed.FILE)
     elif not fresh:
         only_safetensors(folder)
-        if not (folder / WEIGHTS).is_file():
-            raise UserError(f"{folder / WEIGHTS} is not a file.")
-        try:
-            net.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder / WEIGHTS} could not be read ({error}). It may be damaged: copy it again.") from error
+        fill(net, folder / WEIGHTS)
     return net
 
 

@@ -1,12 +1,9 @@
 """Folders of models that lie, are damaged or mean harm: a message that names the file, never a traceback, a question or foreign code."""
 
 import ast
-import copy
 import json
 import pickle
-import random
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from stillroom.nets.checked import INDEX, Fields, only_safetensors
 from stillroom.nets.pretrained import pretrained
 from stillroom.vision.hub import load_classifier, load_student
 from stillroom.vision.saving import save_classifier
+from tests.damage import Trap, rewrite, survives
 
 transformers = pytest.importorskip("transformers")
 DIGITS, SHAPES = digits(), shapes(count=30, size=16)
@@ -41,10 +39,6 @@ def save_vit(folder: Path, **shards) -> Path:
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory) -> Path:
     return save_vit(tmp_path_factory.mktemp("vit"))
-
-
-def rewrite(file: Path, **changes) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 # --- code ------------------------------------------------------------------------------------------------------------------------------
@@ -99,13 +93,6 @@ def test_every_call_that_could_run_foreign_code_says_that_it_must_not():
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------------------------
-
-
-class Trap:
-    opened = False
-
-    def __reduce__(self):
-        return (setattr, (Trap, "opened", True))
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "../outside.safetensors", "/etc/passwd", "gone.safetensors", "sub/x.safetensors", 3, None])
@@ -202,43 +189,6 @@ def test_fields_say_what_is_missing():
 
 
 # --- fuzz ------------------------------------------------------------------------------------------------------------------------------
-
-NONSENSE = [
-    None, True, 0, -1, 2.5, 2**31, 10**30, 10**400, 1e308, float("nan"), float("-inf"), "", "x", "9" * 50, "../../etc", [], [[]], {},
-    [None], {"a": {"b": [1, {"c": None}]}}, [1, "x", 2.5], [[0] * 3] * 2, "\x00", {"": 0},
-]  # fmt: skip
-
-
-def mutated(value, rng: random.Random):
-    """A valid JSON object with one or two of its values, at any depth, lost, replaced or wrapped."""
-    value = copy.deepcopy(value)
-    for _ in range(rng.choice((1, 1, 2))):
-        places = [(value, key) for key in value] + [(v, k) for v in value.values() if isinstance(v, dict) for k in v]
-        holder, key = rng.choice(places) if places else (value, "x")
-        kind = rng.randrange(4)
-        if kind == 0:
-            holder.pop(key, None)
-        elif kind == 1:
-            holder[key] = [holder.get(key)]
-        else:
-            holder[key] = rng.choice(NONSENSE)
-    return value
-
-
-def survives(load, file: Path, original: str, cases: int) -> int:
-    """How many of the mutants were refused; each is, with a message that names the folder, or loads and answers."""
-    refused: list[str] = []
-    for case in range(cases):
-        file.write_text(json.dumps(mutated(json.loads(original), random.Random(case))))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                load()
-        except UserError as error:
-            refused.append(f"case {case}: {error}")
-    file.write_text(original)
-    assert all(str(file.parent) in message for message in refused), refused
-    return len(refused)
 
 
 def test_mutants_of_a_small_networks_file_are_refused_or_load(tmp_path):

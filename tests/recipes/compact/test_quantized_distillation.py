@@ -166,7 +166,9 @@ def test_the_gain_is_what_the_points_learned_and_their_teacher_is_the_one_asked_
     for call in [call for call in seen.calls("losses") if call.stage == "run"]:
         assert (call.args[2][:, None] - rows[None]).abs().amax(2).amin(1).max() < 1e-4
     with Run(tmp_path / "plain", 0, engine=run.engine, store=run.store, plots=False) as other:
-        seen = trace(qd, other, {**QUICK, "quantize": "points", "point_steps": 1, "kd_weight": 0.0, "teacher": qd.Config.teacher}, ["losses"])
+        seen = trace(
+            qd, other, {**QUICK, "quantize": "points", "point_steps": 1, "kd_weight": 0.0, "teacher": qd.Config.teacher}, ["losses"]
+        )
     assert [call.args[2] for call in seen.calls("losses")] == [None] * 5, "without the distillation term nobody is asked"
 
 

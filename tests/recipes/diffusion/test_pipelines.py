@@ -59,8 +59,14 @@ def loaded(student: Path, where: str, lora: bool, scheduler: Any) -> tuple[Any, 
 
 @pytest.mark.parametrize(
     ("name", "kind", "rank"),
-    [("dmd2", "sd15", 0), ("dmd2", "sdxl", 2), ("dmd2", "flux", 2), ("consistency", "sd3", 0), ("consistency", "schnell", 2)]
-    + [("consistency", "sd15", 0)],
+    [
+        ("dmd2", "sd15", 0),
+        ("dmd2", "sdxl", 2),
+        ("dmd2", "flux", 2),
+        ("consistency", "sd3", 0),
+        ("consistency", "schnell", 2),
+        ("consistency", "sd15", 0),
+    ],
 )
 def test_students_of_pipelines_are_sampled_by_plain_diffusers(run: Run, tmp_path: Path, name: str, kind: str, rank: int) -> None:
     student, where, _ = ran(name, kind, run, tmp_path, guidance=2.0, lora_rank=rank)
