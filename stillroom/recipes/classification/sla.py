@@ -193,6 +193,7 @@ def transforms(name: Transform, channels: int) -> tuple[Callable[[Tensor], Tenso
 
     def views(images: Tensor) -> Tensor:
         turned = [images.rot90(turn, (-2, -1)) for turn in turns]
-        return torch.stack([x[:, order] if colour else x for x in turned for order in orders], 1).flatten(0, 1)
+        # Channel by channel: a list as an index would be sent to the images' device at every call.
+        return torch.stack([torch.stack([x[:, c] for c in order], 1) if colour else x for x in turned for order in orders], 1).flatten(0, 1)
 
     return views, len(turns) * len(orders)

@@ -255,7 +255,7 @@ def heldout(model: Any, test: Split, most: int = 512) -> Tensor:
     model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        rows = torch.arange(min(most, len(test))).split(64)
+        rows = torch.arange(min(most, len(test)), device=test.device).split(64)
         values = torch.cat([model(test.take(index).images, hidden=False)[0] for index in rows])
     model.train(mode)
     return values.mean()
