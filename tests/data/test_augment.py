@@ -39,6 +39,23 @@ def test_the_draws_come_from_torch():
     assert not torch.equal(results[0], results[1])
 
 
+@pytest.mark.parametrize("kind", ["shift", "crop-flip"])
+def test_draws_and_pixels_are_those_of_kornias_modules_without_their_matrices(kind, monkeypatch):
+    """Which it would send to an accelerator at every call."""
+    import kornia.augmentation as kornia
+
+    images, ours = torch.rand(32, 3, 12, 12), augmenter(kind, 12)
+    crop = kornia.RandomCrop((12, 12), padding=1 if kind == "shift" else 4)
+    whole = crop if kind == "shift" else torch.nn.Sequential(crop, kornia.RandomHorizontalFlip())
+    torch.manual_seed(3)
+    expected, state = whole(images), torch.get_rng_state()
+    monkeypatch.setattr(kornia.RandomCrop, "compute_transformation", None)
+    monkeypatch.setattr(kornia.RandomHorizontalFlip, "compute_transformation", None)
+    torch.manual_seed(3)
+    assert torch.equal(ours(images), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_none_is_the_identity_and_imports_nothing():
     images = torch.rand(2, 1, 8, 8)
     assert augmenter("none", 8)(images) is images

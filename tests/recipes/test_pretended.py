@@ -26,24 +26,18 @@ NAMES = [*TRAINING, *(f"{name}:bf16" for name in HALVED)]
 PROCESSES = 4
 """Several recipes share one, since it takes long to start."""
 WAITS = {
-    "kd": 1.0,  # an epoch's order
-    "ps-kd": 0.1,
-    "sla": 5.2,  # the augmentation's parameters
-    "ssld": 1.0,
     "jei-dnn": 0.2,  # once an epoch
-    "krr-st": 10.0,  # two augmentations
     "agd": 3.0,  # recorded states lie in a mapped file
     "slimflow": 0.1,  # whether losses are finite, now and then
-    "further-pretraining": 8.0,
     "gated-attention": 1.0,
     "token-kd": 11.0,
 }
 """Waits a step allowed in a recipe's busiest loop; none elsewhere."""
 COPIES = {
-    "kd": 1.0, "ps-kd": 0.1, "sla": 5.2, "ssld": 1.0, "jei-dnn": 0.1, "krr-st": 10.0, "agd": 3.0,
-    "further-pretraining": 8.0, "gated-attention": 1.0, "token-kd": 9.0,
+    "kd": 1.0, "ps-kd": 0.1, "sla": 0.2, "ssld": 1.0, "jei-dnn": 0.1, "krr-st": 1.0, "agd": 3.0,
+    "further-pretraining": 1.0, "gated-attention": 1.0, "token-kd": 9.0,
 }  # fmt: skip
-"""What is sent to the device a step, likewise."""
+"""What is sent to the device a step, likewise: the order of an epoch, which is few steps here, and batches that are drawn on the host or lie in a file."""
 
 
 def measured(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 from stillroom import cli
 from stillroom.core.config import check
@@ -38,6 +39,15 @@ def test_families_are_distinct_and_start_with_the_identity(name, m) -> None:
     assert count == m == len(rows)
     assert torch.equal(rows[:1], image)
     assert len({tuple(r.flatten().tolist()) for r in rows}) == m
+
+
+def test_colours_are_permuted_without_an_index_that_would_be_sent_to_the_device() -> None:
+    images = torch.rand(5, 3, 4, 4)
+    with profile() as seen:
+        rows = sla.transforms("color6", 3)[0](images)
+    expected = [images[:, [int(c) for c in order]] for order in sla.COLOURS["color6"]]
+    assert torch.equal(rows, torch.stack(expected, 1).flatten(0, 1))
+    assert "aten::index" not in {event.key for event in seen.key_averages()}
 
 
 def test_colours_of_grey_images_are_refused() -> None:
