@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from stillroom.core.errors import needs
 
@@ -22,5 +23,14 @@ def augmenter(kind: Augmentation, size: int) -> Callable[[Tensor], Tensor]:
         return lambda images: images
     kornia = needs("kornia.augmentation", "images")
     # Slicing is 2.4 times as fast as kornia's default of resampling and copies pixels exactly.
-    crop = kornia.RandomCrop((size, size), padding=1 if kind == "shift" else 4, cropping_mode="slice")
-    return crop if kind == "shift" else nn.Sequential(crop, kornia.RandomHorizontalFlip())
+    crop, flip = kornia.RandomCrop((size, size), padding=1 if kind == "shift" else 4, cropping_mode="slice"), kornia.RandomHorizontalFlip()
+
+    # Called whole, kornia sends an accelerator what makes matrices of its draws, which nothing reads.
+    def cropped(images: Tensor) -> Tensor:
+        return crop.apply_transform(images, crop.forward_parameters(images.shape), crop.flags)
+
+    def flipped(images: Tensor) -> Tensor:
+        chosen = flip.forward_parameters(images.shape)["batch_prob"] > 0.5
+        return torch.where(chosen.to(images.device, non_blocking=True).view(-1, 1, 1, 1), images.flip(-1), images)
+
+    return cropped if kind == "shift" else lambda images: flipped(cropped(images))

@@ -42,7 +42,7 @@ class Batches:
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
-            self._epoch, self._order = epoch, torch.from_numpy(order).to(self.split.device)
+            self._epoch, self._order = epoch, torch.from_numpy(order).to(self.split.device, non_blocking=True)
         return self._order[position * self.size : (position + 1) * self.size]
 
     def __call__(self, step: int) -> Batch:

@@ -37,7 +37,8 @@ COPIES = {
     "kd": 1.0, "ps-kd": 0.1, "sla": 0.2, "ssld": 1.0, "jei-dnn": 0.1, "krr-st": 1.0, "agd": 3.0,
     "further-pretraining": 1.0, "gated-attention": 1.0, "token-kd": 9.0,
 }  # fmt: skip
-"""What is sent to the device a step, likewise: the order of an epoch, which is few steps here, and batches that are drawn on the host or lie in a file."""
+"""What is sent to the device a step, likewise: the order of an epoch, which is few steps here, and batches that are drawn on the host or
+lie in a file."""
 
 
 def measured(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
