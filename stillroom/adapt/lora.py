@@ -92,7 +92,7 @@ def add(net: nn.Module, rank: int, alpha: int | None = None, targets: Sequence[s
     if not found:
         raise ValueError(f"{type(inner).__name__} has no linear or convolutional layer at {patterns}")
     for path in found:
-        swap(inner, path, Lora(inner.get_submodule(path), rank, alpha / rank))  # type: ignore[arg-type]
+        swap(inner, path, Lora(inner.get_submodule(path), rank, alpha / rank))  # type: ignore[arg-type]  # chosen as a layer of weights
     return net
 
 

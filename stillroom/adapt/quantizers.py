@@ -119,8 +119,8 @@ def allocate(counts: Sequence[int], sizes: Sequence[int], norms: Sequence[float]
 
 def allocate_bits(bits: int, sizes: Sequence[int], norms: Sequence[float], most: int = 8) -> list[int]:
     """Whole bits of a code per tensor by the size of its gradient, in no more room than `bits` for each takes. A tensor of n weights costs
-    n bits per bit of its code, and its 2^bits points 32 bits each. All start at one bit; the next one goes to
-    the tensor whose norm 2^-bits is largest for what the bit costs there, among those that fit, up to `most`."""
+    n bits per bit of its code, and its 2^bits points 32 bits each. All start at one bit; the next one goes to the tensor whose norm 2^-bits
+    is largest for what the bit costs there, among those that fit, up to `most`."""
     dealt = [1] * len(sizes)
     room = sum(point_bits(bits, n) - point_bits(1, n) for n in sizes)
     while True:

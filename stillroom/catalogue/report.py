@@ -110,6 +110,7 @@ def _curves(sources: list[tuple[str, Path]]) -> list[tuple[str, str]]:
                     name = " ".join(part for part in (stage, "" if loop == "train" else loop, key) if part)
                     lines.setdefault(name, []).append((label, [x for x, _ in points], [y for _, y in points]))
     colour = dict(zip((label for label, _ in sources), COLOURS * len(sources)))
+    # mypy cannot infer a lambda that binds its loop's values as defaults.
     return [(name, svg(lambda axes, n=name, s=series: _lines(axes, n, s, colour))) for name, series in lines.items()]  # type: ignore[misc]
 
 

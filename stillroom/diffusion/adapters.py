@@ -215,6 +215,6 @@ def load(folder: str | Path, net: nn.Module) -> Adapters:
     width, scale_w = fields.whole("width", WIDEST), fields.values.get("scale_w")
     if not is_number(scale_w):
         raise fields.wrong("scale_w", "a number")
-    adapters = Adapters(net, kind, width, scale_w)  # type: ignore[arg-type]
+    adapters = Adapters(net, kind, width, scale_w)  # type: ignore[arg-type]  # a number, as just checked
     fill(adapters, folder / "adapters.safetensors")
     return adapters.eval().requires_grad_(False)

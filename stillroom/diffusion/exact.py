@@ -101,6 +101,7 @@ class Mixture(nn.Module):
         probability = self.log_weights.exp().expand(n, -1)
         if cond is not None:
             probability = probability.masked_fill((cond[:, None] >= 0) & (cond[:, None] != self.labels), 0.0)
+            torch._assert_async((probability > 0).any(-1).all(), "a condition that no component has")  # the host does not wait for it
         # `torch.multinomial(probability, 1)` bit by bit, without its checks, for whose verdict the host would wait.
         centre = self.centres[(probability / torch.empty_like(probability).exponential_(**rng)).argmax(-1)]
         return centre + self.std * torch.randn(centre.shape, dtype=centre.dtype, device=centre.device, **rng)

@@ -68,6 +68,11 @@ def test_the_exact_teachers_data_are_what_torch_multinomial_would_draw(monkeypat
             assert torch.equal(mixture.sample(192, given), expected)
 
 
+def test_a_condition_that_no_component_has_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="a condition that no component has"):
+        four_classes().sample(3, torch.tensor([0, 9, 1]))
+
+
 def test_conditions_and_data_of_a_world() -> None:
     found = world("classes")
     x, cond = found.samples(400)
